@@ -1,0 +1,224 @@
+"""Times reading shards against a plain WebDataset pipeline on the same tars, and keeps the rows.
+
+    python benchmarks/reading.py rate [--store s3://bucket/prefix] [--images 20000] [--size 32]
+    python benchmarks/reading.py memory
+    python benchmarks/reading.py exact
+
+`rate`: images/s of batches of 256 in random order: WebDataset (tars, Pillow, its own shuffle
+buffer, stacked by NumPy) in one process and with 2 loader workers, ours while the cache is being
+built by 1 and 2 processes, and ours from the cache. All read the same tars, one after the other.
+
+`memory`: the greatest resident memory of a process that reads 2,000 and 200,000 images of 32x32.
+
+`exact`: 30 runs of two epochs, each stopped at random points and gone on with on other ranks and
+workers; counts those in which every image came exactly once an epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rows import keep
+
+from pipeline.params import DataConfig
+from pipeline.shards import BlockCache, Manifest, ShardReader, write_shards
+from pipeline.sources import SourceImage
+from pipeline.storage import FileStore, Store, open_store
+
+BATCH = 256
+
+
+class Made:
+    """Smooth random pictures with a little noise, which compress about as photographs do."""
+
+    name, terms = "made", "none"
+
+    def __init__(self, images: int, size: int) -> None:
+        self.images_, self.size, self.notes = images, size, {"made": images}
+
+    def images(self) -> Iterator[SourceImage]:
+        """All of them; validation and test have 8 each."""
+        random_ = np.random.RandomState(0)
+        for number in range(self.images_ + 16):
+            small = Image.fromarray(random_.randint(0, 256, (8, 8, 3)).astype(np.uint8))
+            smooth = small.resize((self.size, self.size), Image.Resampling.BICUBIC)
+            noise = random_.randint(0, 8, (self.size, self.size, 3))
+            image = np.minimum(np.asarray(smooth).astype(int) + noise, 255).astype(np.uint8)
+            split = ("train", "validation", "test")[max(0, (number - self.images_ + 8) // 8)]
+            yield SourceImage(f"made-{number}", image, split)
+
+
+def made(folder: Path, store: Store, images: int, size: int) -> Manifest:
+    """Shards of made images."""
+    data = DataConfig(source="digits", image_size=size, channels=3)
+    return write_shards("made", data, Made(images, size), store, folder / "made.json")
+
+
+def plain(paths: list[str], workers: int, s3: bool) -> Iterable[torch.Tensor]:
+    """Batches as WebDataset's own documentation makes them."""
+    import webdataset
+
+    if s3:
+        from webdataset.gopen import gopen_schemes
+
+        from pipeline import storage
+
+        def opened(url: str, *_: object, **__: object) -> object:
+            bucket, _, key = url.removeprefix("s3://").partition("/")
+            client = storage._s3_client(os.getpid())
+            return client.get_object(Bucket=bucket, Key=key)["Body"]
+
+        gopen_schemes["s3"] = opened
+    dataset = (
+        webdataset.WebDataset(paths, shardshuffle=100)
+        .shuffle(1000)
+        .decode("rgb8")
+        .to_tuple("png")
+        .map(lambda sample: sample[0].transpose(2, 0, 1))
+        .batched(BATCH, collation_fn=lambda images: torch.from_numpy(np.stack(images)))
+    )
+    return webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
+
+
+def per_second(batches: Iterable[torch.Tensor], images: int) -> float:
+    """Images a second from before the first batch until so many are there."""
+    began, seen = time.perf_counter(), 0
+    for x_BCHW in batches:
+        seen += len(x_BCHW)
+        if seen >= images:
+            break
+    return seen / (time.perf_counter() - began)
+
+
+def rate(url: str | None, images: int, size: int) -> None:
+    """One row: all on the same tars."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_store(url or f"file://{folder}/store")
+        manifest = made(Path(folder), store, images, size)
+        shards = manifest.splits["train"].shards
+        images = manifest.splits["train"].images // BATCH * BATCH
+        paths = [store.url(shard.key).removeprefix("file://") for shard in shards]
+        found = {
+            f"webdataset_{workers}": per_second(plain(paths, workers, url is not None), images)
+            for workers in (0, 2)
+        }
+        for workers in (1, 2):
+            cache = BlockCache(folder=Path(folder) / f"cache{workers}", limit_bytes=2**40)
+            for state in ("cold", "cached"):
+                reader = ShardReader(manifest, store, "train", cache=cache, workers=workers)
+                batches = reader.batches(BATCH, seed=0)
+                found[f"ours_{state}_{workers}"] = per_second(batches, images)
+                batches.close()  # type: ignore[attr-defined]
+        seek = ShardReader(manifest, store, "train", cache=cache).batches(BATCH, 0, images // 2)
+        began = time.perf_counter()
+        next(seek)
+        seek_ms = 1e3 * (time.perf_counter() - began)
+    keep(
+        "reading",
+        store="s3" if url else "file",
+        images=images,
+        size=size,
+        **{name: f"{value:.0f}" for name, value in found.items()},
+        cached_over_best_webdataset=(
+            f"{found['ours_cached_1'] / max(found['webdataset_0'], found['webdataset_2']):.1f}"
+        ),
+        cache_build_s=f"{images / found['ours_cold_1']:.1f}",
+        seek_ms=f"{seek_ms:.1f}",
+    )
+
+
+_CHILD = """
+import resource, sys
+from pathlib import Path
+from pipeline.shards import BlockCache, Manifest, ShardReader
+from pipeline.storage import FileStore
+folder = Path(sys.argv[1])
+manifest = Manifest.load(folder / "made.json")
+cache = BlockCache(folder=folder / "cache", limit_bytes=2**40)
+reader = ShardReader(manifest, FileStore(folder / "store"), "train", cache=cache, workers=1)
+seen = 0
+for x in reader.batches(256, seed=0):
+    seen += len(x)
+    if seen >= max(reader.images, 20_000):
+        break
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def memory() -> None:
+    """One row: peak MiB of a process, its decoding one not counted, cold and then cached."""
+    found = {}
+    for images in (2_000, 200_000):
+        with tempfile.TemporaryDirectory() as folder:
+            made(Path(folder), FileStore(Path(folder) / "store"), images, 32)
+            for state in ("cold", "cached"):
+                words = [sys.executable, "-c", _CHILD, folder]
+                done = subprocess.run(words, capture_output=True, text=True, check=True)
+                found[f"{state}_{images}_mib"] = int(done.stdout)
+    keep("reading_memory", **found)
+
+
+def exact(runs: int = 30) -> None:
+    """One row: how many of the runs saw each image exactly once an epoch."""
+    right = stops = 0
+    with tempfile.TemporaryDirectory() as folder:
+        store = FileStore(Path(folder) / "store")
+        manifest = made(Path(folder), store, 3000, 8)
+        n = manifest.splits["train"].images
+        whole = ShardReader(manifest, store, "train", cache=BlockCache(
+            folder=Path(folder) / "whole", limit_bytes=2**40))  # fmt: skip
+        names = {x.numpy().tobytes(): key for keys, x_BCHW in whole.scan(100) for key, x in
+                 zip(keys, x_BCHW, strict=True)}  # fmt: skip
+        for run in range(runs):
+            choose = random.Random(run)
+            seen: list[str] = []
+            while len(seen) < 2 * n:
+                ranks, workers = choose.choice([1, 2, 3]), choose.choice([0, 1, 2, 3])
+                limit = 2**40 if workers else choose.choice([0, 2**18])
+                place = Path(folder) / f"cache{run % 3}-{limit}"
+                cache = BlockCache(folder=place, limit_bytes=limit)
+                streams = [
+                    ShardReader(manifest, store, "train", 200_000, cache, workers).batches(
+                        60, run, len(seen), rank, ranks
+                    )
+                    for rank in range(ranks)
+                ]
+                steps = choose.randint(1, 100)
+                for parts in itertools.islice(zip(*streams, strict=True), steps):
+                    seen += [names[x.numpy().tobytes()] for x in torch.cat(parts)]
+                for stream in streams:
+                    stream.close()  # type: ignore[attr-defined]
+                stops += 1
+            right += len(set(seen[:n])) == n and len(set(seen[n : 2 * n])) == n
+    keep("reading_exact", runs=runs, stops=stops, each_image_once=right)
+
+
+def main() -> None:
+    """Measures what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["rate", "memory", "exact"])
+    parser.add_argument("--store", help="s3://bucket/prefix; default: a folder")
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--size", type=int, default=32)
+    words = parser.parse_args()
+    torch.set_num_threads(1)
+    if words.what == "rate":
+        rate(words.store, words.images, words.size)
+    else:
+        {"memory": memory, "exact": exact}[words.what]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From a pile of images to a registered model: shard, train, evaluate, sample, register."""

@@ -1,0 +1,69 @@
+"""How a command ends: its exit codes, the user's errors in one sentence, a reader that left."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import sys
+from collections.abc import Iterator
+from typing import NoReturn, TextIO
+
+from vdvae.config import UserError
+
+BAD_INPUT = 2  # an error that the user can mend
+CANCELLED = 143  # after SIGTERM: 128 + 15
+_READER_GONE = 141  # as if by SIGPIPE: 128 + 13
+
+
+def fail(sentence: str) -> NoReturn:
+    """Says what is wrong in one line and exits with the code for bad input."""
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+    sys.exit(BAD_INPUT)
+
+
+def machine_error(error: OSError) -> str | None:
+    """What a machine that cannot take or give a file lacks, in one sentence; None for others."""
+    remedies = {
+        errno.ENOSPC: "the disk is full; free some space, then run the same command again",
+        errno.EDQUOT: "the disk quota is used up; free some space, then run the same command again",
+        errno.EACCES: "permission denied; change its owner or mode, or choose another place",
+        errno.EPERM: "not permitted; change its owner or mode, or choose another place",
+        errno.EROFS: "the file system is read-only; choose another place",
+    }
+    if error.errno not in remedies:
+        return None
+    return f"{error.filename or 'a file that was being written'}: {remedies[error.errno]}"
+
+
+def innermost(error: BaseException) -> str:
+    """The first line of what an error began with, in 300 characters."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+@contextlib.contextmanager
+def as_a_command() -> Iterator[None]:
+    """Ends the program in one sentence for a UserError, and quietly in `… | head -1`."""
+    try:
+        try:
+            yield
+        except UserError as error:
+            fail(str(error))
+        finally:
+            sys.stdout.flush()  # at the interpreter's own end it would be too late
+    except BrokenPipeError:
+        gone = [stream for stream in (sys.stdout, sys.stderr) if _has_lost_its_reader(stream)]
+        if not gone:
+            raise  # another pipe: a fault of ours
+        for stream in gone:  # what they still hold goes nowhere, without a second error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(_READER_GONE)
+
+
+def _has_lost_its_reader(stream: TextIO) -> bool:
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)  # an error is told unasked
+    return bool(poll.poll(0))

@@ -1,0 +1,128 @@
+"""Several ranks of a stage on this machine, which meet in a file: no port is opened for it.
+
+torchrun does the same over any number of machines (docs/operations.md); then this module rests.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.exits import CANCELLED
+from vdvae.config import UserError
+
+if TYPE_CHECKING:
+    from pipeline.params import Recipe
+
+RANKS = "VDVAE_RANKS"
+_MOST = 64
+_GRACE_SECONDS = 10  # for the other ranks to end by themselves when one has failed
+
+
+def ranks_here(recipe: Recipe) -> int:
+    """How many ranks this machine trains or evaluates a recipe with: VDVAE_RANKS, or its GPUs.
+
+    Raises:
+        UserError: where VDVAE_RANKS is no such number.
+    """
+    if "WORLD_SIZE" in os.environ:  # torchrun has started this process as one of several
+        return 1
+    asked = os.environ.get(RANKS)
+    if asked:
+        if not asked.isdecimal() or not 1 <= int(asked) <= _MOST:
+            raise UserError(f"{RANKS}: {asked!r} is not a number of processes, 1 to {_MOST}")
+        return int(asked)
+    if recipe.train.device == "cpu":
+        return 1
+    import torch
+
+    gpus = max(1, torch.cuda.device_count())
+    parts = recipe.train.accumulation
+    batch = recipe.train.batch_size
+    used = next(n for n in range(gpus, 0, -1) if n == 1 or not batch % (n * parts))
+    if used < gpus:
+        print(
+            f"{used} of {gpus} GPUs are used: train.batch_size {batch} does not part into more, "
+            f"with train.accumulation {parts}; lower that to use them all",
+            flush=True,
+        )
+    return used
+
+
+def rank_environment(rank: int, size: int, folder: Path) -> dict[str, str]:
+    """What tells a process that it is one of several on this machine, which meet in a folder."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "VDVAE_RENDEZVOUS": f"file://{folder}/meeting",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+    }
+
+
+def launch(module: str, name: str, size: int) -> int:
+    """Runs `python -m module name` in so many ranks; returns the exit code of the first to fail.
+
+    Where one fails or is killed, the others end within half a minute. SIGTERM is passed on.
+    """
+    with tempfile.TemporaryDirectory(prefix="vdvae-ranks-") as folder:
+        logs = [Path(folder) / f"{rank}.log" for rank in range(size)]
+        processes: list[subprocess.Popen[bytes]] = []
+
+        def end_all(number: int = signal.SIGTERM) -> None:
+            for process in processes:
+                process.send_signal(number)
+
+        signal.signal(signal.SIGTERM, lambda number, frame: end_all())
+        signal.signal(signal.SIGINT, lambda number, frame: end_all())
+        for rank, log in enumerate(logs):
+            with log.open("wb") as stderr:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", module, name],
+                        env={**os.environ, **rank_environment(rank, size, Path(folder))},
+                        stdout=None if rank == 0 else subprocess.DEVNULL,
+                        stderr=stderr,
+                    )
+                )
+        try:
+            first = _first_to_fail(processes)
+        finally:
+            end_all(signal.SIGKILL)
+            for process in processes:
+                process.wait()
+        sys.stderr.write(logs[first].read_text(errors="replace"))
+        code = processes[first].returncode
+        if code < 0:
+            print(f"rank {first} was killed by signal {-code}; run the same command again to go on")
+        return code if code >= 0 else 128 - code
+
+
+def _first_to_fail(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Waits for all; which failed before the others, or the first rank where none did."""
+    first, deadline = 0, float("inf")
+    failed: set[int] = set()
+    while any(process.poll() is None for process in processes):
+        for rank, process in enumerate(processes):
+            if process.poll() not in (None, 0) and rank not in failed:
+                if not failed:
+                    first = rank
+                failed.add(rank)
+                if process.returncode != CANCELLED:  # after that, all write what they have
+                    deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.terminate()
+            if time.monotonic() > deadline + _GRACE_SECONDS:
+                return first
+        time.sleep(0.1)
+    if not failed:
+        first = next((r for r, process in enumerate(processes) if process.returncode), 0)
+    return first

@@ -1,0 +1,225 @@
+"""params.yaml, read once into frozen typed objects, and the places where things live."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from vdvae.config import Config, ModelConfig, TrainConfig, UserError, number
+
+PARAMS = Path("params.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Config):
+    """Where images come from and what the model sees of them."""
+
+    source: Literal["digits", "cifar10", "imagenet", "imagenet-npz", "ffhq", "folder"]
+    path: str = ""  # raw data, relative to the project's root; "" where none is needed
+    image_size: int = number(1, 4096)  # pixels a side
+    channels: int = 3  # 1 (grey) or 3 (colour)
+    num_levels: int = number(2, 256, default=256)  # grey levels
+    split_seed: int = number(0, 2**32 - 1, default=0)  # of the documented permutation
+    validation: float = number(0, 1e9, default=0.1)  # images; for `folder` a fraction
+    test: float = number(0, 1e9, default=0.1)  # the same; sources with a published test ignore it
+    resize: Literal["", "crop", "stretch"] = ""  # "": every image must have image_size already
+    shard_images: int = number(1, 1_000_000, default=1000)  # most images in a shard
+
+    def check(self) -> None:
+        if self.channels not in (1, 3):
+            raise UserError(f"data.channels: {self.channels} is not 1 or 3")
+        if self.source == "folder" and not self.validation + self.test < 1:
+            raise UserError(
+                f"data.validation: {self.validation} and data.test: {self.test} are fractions of "
+                f"a folder and must leave something to train on; make their sum less than 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Config):
+    """How the likelihood is measured."""
+
+    batch_size: int = number(1, default=64)
+    seed: int = number(0, 2**31 - 1, default=0)  # of the posterior's draws, with each image
+    passes: int = number(1, 10_000, default=1)  # draws that the bound is averaged over
+    iwae: int = number(0, 10_000, default=0)  # draws of the importance-weighted bound; 0: without
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(Config):
+    """What is drawn to be looked at."""
+
+    n: int = number(1, 1024, default=64)  # images in the grid
+    temperature: float = number(0, 2, default=1.0)
+    seed: int = number(0, 2**31 - 1, default=0)
+    reconstructions: int = number(1, 64, default=8)  # validation images in the ladder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisterConfig(Config):
+    """How the model is found in the registry."""
+
+    alias: Literal["champion"] = "champion"
+    # Of the two-sided interval of the difference to the champion, which must lie above zero.
+    confidence: float = number(0.5, 0.9999, default=0.95)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One dataset with its model, training, evaluation, sampling and registration settings."""
+
+    name: str
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    sample: SampleConfig
+    register: RegisterConfig
+
+    def flat(self) -> dict[str, str | int | float | bool]:
+        """Every setting as `section.key`."""
+        return {
+            f"{section}.{key}": value
+            for section in _SECTIONS
+            for key, value in getattr(self, section).to_dict().items()
+        }
+
+
+_SECTIONS: dict[str, type[Config]] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "sample": SampleConfig,
+    "register": RegisterConfig,
+}
+# These three are the data's; the model gets them from there (one owner).
+SHARED_WITH_MODEL = {
+    "image_size": "image_size",
+    "image_channels": "channels",
+    "num_levels": "num_levels",
+}
+
+
+def read_params(path: Path = PARAMS) -> dict[str, Any]:
+    """The checked top of params.yaml: {"active": [names], "recipes": {name: sections}}.
+
+    Raises:
+        UserError: where the file is missing, is not YAML, or its top is not as expected.
+    """
+    try:
+        params = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; run this at the project's root") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not readable as YAML: {reason}; mend it there") from None
+    if not isinstance(params, dict) or not isinstance(params.get("recipes"), dict):
+        raise UserError(f"{path}: has no section 'recipes'; restore it with 'git checkout {path}'")
+    unknown = sorted(str(key) for key in params if key not in ("active", "recipes"))
+    if unknown:
+        raise UserError(f"{path}: unknown key {unknown[0]!r}; known are active, recipes")
+    active = params.get("active")
+    if not isinstance(active, list) or not active:
+        raise UserError(f"{path}: active: {active!r} is not a list of recipes, such as [digits]")
+    for name in active:
+        if name not in params["recipes"]:
+            raise UserError(f"{path}: active: no recipe {name!r}; there are {_names(params)}")
+    return params
+
+
+def _names(params: dict[str, Any]) -> str:
+    return ", ".join(map(str, params["recipes"]))
+
+
+def load_recipe(name: str, path: Path = PARAMS) -> Recipe:
+    """One recipe of params.yaml, typed and checked.
+
+    Raises:
+        UserError: naming the file, the key, the value and what would do.
+    """
+    params = read_params(path)
+    if name not in params["recipes"]:
+        raise UserError(f"{path}: no recipe {name!r}; there are {_names(params)}")
+    sections = params["recipes"][name]
+    where = f"{path}: recipes.{name}"
+    if not isinstance(sections, dict):
+        raise UserError(f"{where}: {sections!r} is not a set of sections {', '.join(_SECTIONS)}")
+    for key in sections:
+        if key not in _SECTIONS:
+            raise UserError(f"{where}.{key}: unknown section; known are {', '.join(_SECTIONS)}")
+    configs: dict[str, Any] = {}
+    for key, kind in _SECTIONS.items():
+        values = sections.get(key, {})
+        if key == "model" and isinstance(values, dict):
+            for ours, theirs in SHARED_WITH_MODEL.items():
+                if ours in values:
+                    raise UserError(f"{where}.model.{ours}: is set by recipes.{name}.data.{theirs}")
+            shared = {
+                ours: getattr(configs["data"], theirs) for ours, theirs in SHARED_WITH_MODEL.items()
+            }
+            values = {**values, **shared}
+        configs[key] = kind.from_dict(values, where=where)
+    return Recipe(name=name, **configs)
+
+
+def env_number(name: str, default: float, least: float, most: float) -> float:
+    """A number from the environment.
+
+    Raises:
+        UserError: it is none, or out of bounds.
+    """
+    text = os.environ.get(name) or f"{default:g}"
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value <= most:
+        raise UserError(
+            f"{name}: {text!r} is not a number from {least:g} to {most:g}; set it to one, or unset "
+            f"it for {default:g}"
+        )
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where things live: the environment's settings, or the defaults inside the project."""
+
+    store_url: str  # shards: file:///absolute/path or s3://bucket/prefix
+    runs: Path  # training state
+    tracking_uri: str  # MLflow
+    cache: Path = Path("cache")  # decoded shards, which are made again where they are missing
+    results_root: Path = Path("results")  # figures, pictures and models
+
+    @classmethod
+    def from_env(cls) -> Places:
+        """Reads VDVAE_STORE, VDVAE_RUNS, VDVAE_CACHE and MLFLOW_TRACKING_URI.
+
+        The root is the current folder.
+        """
+        root = Path.cwd()
+        return cls(
+            store_url=os.environ.get("VDVAE_STORE") or f"file://{root / 'store'}",
+            runs=Path(os.environ.get("VDVAE_RUNS") or root / "runs").absolute(),
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI")
+            or f"sqlite:///{root / 'mlruns' / 'mlflow.db'}",
+            cache=Path(os.environ.get("VDVAE_CACHE") or root / "cache").absolute(),
+        )
+
+    def manifest(self, recipe: str) -> Path:
+        """The hashed list of a recipe's shards."""
+        return Path("data/manifests") / f"{recipe}.json"
+
+    def results(self, recipe: str) -> Path:
+        """Figures and pictures of a recipe."""
+        return self.results_root / recipe
+
+    def model(self, recipe: str) -> Path:
+        """The finished model of a recipe: model.safetensors and config.json."""
+        return self.results(recipe) / "model"

@@ -1,0 +1,249 @@
+"""Processes that end when they should: with their parent, on a signal, one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from vdvae.config import UserError
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_MARK = "VDVAE_FLOW"  # in the environment of every process that a flow starts
+GRACE_SECONDS = 12  # for a checkpoint after SIGTERM; a cancelled run is to be gone in 15
+
+
+def end_with_parent() -> None:
+    """Asks the system for SIGTERM when the parent dies, so that a killed DVC leaves no trainer."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def adopt_orphans() -> None:
+    """Makes orphans below this process its children, so that it can wait for the last of them."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # only Linux has it
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGINT into a question that a loop asks after each step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+@contextlib.contextmanager
+def alone(lock: Path, patience_seconds: float = 30, doing: str = "training this") -> Iterator[None]:
+    """Holds a file lock; waits while a run that was cut off writes its last checkpoint.
+
+    Args:
+        lock: the file; whoever holds it has its number in there.
+        patience_seconds: how long to wait; where that is without end, the wait is told.
+        doing: what the lock is held for.
+
+    Raises:
+        UserError: where another process still holds it after that, or its folder cannot be made.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{lock.parent}: cannot be made ({error.strerror}); set VDVAE_RUNS to another folder"
+        ) from None
+    with lock.open("a+") as file:
+        deadline = time.monotonic() + patience_seconds
+        told = patience_seconds < float("inf")
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                holder = f"process {file.read().strip() or 'unknown'} is {doing}"
+                if not told:
+                    print(f"{holder}; waiting for it ({lock})", flush=True)
+                    told = True
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{lock}: {holder}; wait for it, or stop it with 'kill' and run the same "
+                        f"command again"
+                    ) from None
+                time.sleep(0.2)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def marked(runs: Path) -> Iterator[Path]:
+    """Marks every process that is started in the block, so that `reap` finds it if we are killed.
+
+    Args:
+        runs: the folder of VDVAE_RUNS.
+
+    Yields:
+        A folder of one's own for what should not outlive the block; it need not be made.
+    """
+    folder = runs / "flows" / uuid.uuid4().hex
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_suffix(".lock")
+    file = None
+    while file is None:
+        file = try_lock(lock)
+    before = os.environ.get(_MARK)
+    os.environ[_MARK] = folder.name
+    try:
+        yield folder
+    finally:
+        if before is None:
+            os.environ.pop(_MARK)
+        else:
+            os.environ[_MARK] = before
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        file.close()
+
+
+def reap(runs: Path) -> int:
+    """Ends what killed flows left running and removes their folders; returns how many processes.
+
+    A flow is dead where nobody holds its lock, which the system frees with its process.
+    """
+    ended = 0
+    for lock in sorted((runs / "flows").glob("*.lock")):
+        file = try_lock(lock)
+        if file is None:
+            continue
+        with file:
+            ended += end_all(partial(_carries, lock.stem), GRACE_SECONDS)
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink(missing_ok=True)
+    return ended
+
+
+def _carries(mark: str, environment: dict[str, str]) -> bool:
+    return environment.get(_MARK) == mark
+
+
+def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> IO[str] | None:
+    """The file, locked until it is closed or this process ends; None where another holds it."""
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        # Its last holder may have removed it between our two calls.
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            return file
+    except BlockingIOError:
+        pass
+    file.close()
+    return None
+
+
+def take_gpus(runs: Path, wanted: int) -> tuple[str, contextlib.ExitStack] | None:
+    """GPUs that no other run has, as CUDA_VISIBLE_DEVICES names them, with their locks.
+
+    None: too few are free. A lock is $VDVAE_RUNS/gpu-<name>.lock; the system frees it with the
+    process, whatever ends it.
+
+    Raises:
+        UserError: this machine has not so many.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    names = _gpus()
+    if len(names) < wanted:
+        remedy = "choose 0, which trains on the CPU (preset smoke is made for that)"
+        if names:
+            remedy = f"choose at most {len(names)}"
+        raise UserError(
+            f"gpus: {wanted} asked for, but 'nvidia-smi -L' lists {len(names) or 'none'} on this "
+            f"machine; {remedy}"
+        )
+    taken: list[str] = []
+    with contextlib.ExitStack() as locks:
+        for name in names:
+            if len(taken) < wanted and (file := try_lock(runs / f"gpu-{name}.lock")) is not None:
+                locks.enter_context(file)
+                taken.append(name)
+        if len(taken) < wanted:
+            return None
+        return ",".join(taken), locks.pop_all()
+
+
+def _gpus() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        return visible.split(",")
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [str(index) for index, _ in enumerate(listed.stdout.splitlines())]
+
+
+# Processes by what their environment carries. Numbers come round: no signal goes to one without it.
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """What a process was started with; empty where it has ended or is another user's."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    pairs = (os.fsdecode(entry).partition("=") for entry in entries)
+    return {name: value for name, _, value in pairs}
+
+
+def send(number: int, pid: int, ours: Callable[[dict[str, str]], bool]) -> None:
+    """Sends a signal to a process that is still there and is ours by its environment."""
+    with contextlib.suppress(OSError):
+        handle = os.pidfd_open(pid)
+        try:
+            if ours(environment_of(pid)):
+                signal.pidfd_send_signal(handle, number)
+        finally:
+            os.close(handle)
+
+
+def end_all(ours: Callable[[dict[str, str]], bool], grace_seconds: float) -> int:
+    """Ends every process that is ours by its environment, but this one; returns how many.
+
+    TERM, which makes training write a checkpoint, once; time to do so; KILL.
+    """
+    told: set[int] = set()
+    deadline = time.monotonic() + grace_seconds
+    calm = 0
+    while calm < 2:  # a process that is just becoming another program shows no environment
+        left = _all(ours)
+        calm = 0 if left else calm + 1
+        late = time.monotonic() > deadline
+        for pid in left if late else left - told:
+            send(signal.SIGKILL if late else signal.SIGTERM, pid, ours)
+        told |= left
+        time.sleep(0.1)
+    return len(told)
+
+
+def _all(ours: Callable[[dict[str, str]], bool]) -> set[int]:
+    pids = {int(entry.name) for entry in Path("/proc").glob("[0-9]*")} - {os.getpid()}
+    return {pid for pid in pids if ours(environment_of(pid))}

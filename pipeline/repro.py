@@ -1,0 +1,205 @@
+"""Runs one DVC stage as a child that leaves nothing behind, whatever ends it.
+
+The child has its own process group, which DVC, its shell and the stage share. A signal to us goes
+to the group; training answers it with a checkpoint; what is still there after that is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipeline.params import read_params
+from pipeline.process import GRACE_SECONDS, adopt_orphans, end_with_parent
+from vdvae.config import UserError
+
+STAGES = ("shard", "train", "evaluate", "sample", "register")
+_ALWAYS = ("register",)  # idempotent, and its work is not DVC's to keep
+_TAIL = 20  # lines of output in the message of a failure
+
+
+class StageFailed(RuntimeError):
+    """A stage ended with a code other than 0; the message holds the end of its output."""
+
+    def __init__(self, stage: str, code: int, tail: list[str], stopped: bool = False) -> None:
+        self.stage, self.code, self.tail = stage, code, tail
+        self.stopped = stopped  # by a signal to us
+        super().__init__(f"{stage} ended with exit code {code}:\n" + "\n".join(tail))
+
+
+def check_recipe(recipe: str) -> None:
+    """Checks that dvc.yaml has stages for a recipe.
+
+    Raises:
+        UserError: where params.yaml does not know it or does not list it as active.
+    """
+    params = read_params()
+    if recipe not in params["recipes"]:
+        names = ", ".join(map(str, params["recipes"]))
+        raise UserError(f"params.yaml: no recipe {recipe!r}; there are {names}")
+    if recipe not in params["active"]:
+        wanted = ", ".join([*map(str, params["active"]), recipe])
+        raise UserError(
+            f"params.yaml: active: {recipe!r} is not in it; set 'active: [{wanted}]' there"
+        )
+
+
+def run_stage(stage: str, recipe: str, on_line: Callable[[str], None]) -> None:
+    """Brings one stage of a recipe up to date, by `dvc repro -s`.
+
+    Args:
+        stage: one of STAGES.
+        recipe: an active recipe.
+        on_line: gets each line that the stage prints.
+
+    Raises:
+        StageFailed: the stage ended with another code than 0; 143 after a signal to us.
+    """
+    target = f"{stage}@{recipe}"
+    command = [sys.executable, "-m", "dvc", "repro", "-s", target]
+    command += ["-f"] if stage in _ALWAYS else []
+    # The stages' `python` is ours, also where no environment was activated.
+    here = str(Path(sys.executable).parent)
+    environment = {
+        **os.environ,
+        "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}",
+        "SHELL": "/bin/sh",  # which DVC uses; a person's own may be anything
+        "PYTHONUNBUFFERED": "1",
+    }
+    adopt_orphans()
+    child = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=end_with_parent,
+    )
+    assert child.stdout is not None
+    tail: deque[str] = deque(maxlen=_TAIL)
+    stopped = False
+    patience = threading.Timer(GRACE_SECONDS, _signal, (child.pid, signal.SIGKILL))
+    patience.daemon = True
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        if not stopped:
+            patience.start()
+        stopped = True
+        _signal(child.pid, signal.SIGTERM)
+
+    with _handlers(stop):
+        try:
+            for line in child.stdout:
+                tail.append(line.rstrip())
+                on_line(line.rstrip())
+            code = child.wait()
+        finally:
+            _end(child)
+            patience.cancel()
+    if stopped:
+        raise StageFailed(target, 128 + signal.SIGTERM, list(tail), stopped=True)
+    if code:
+        # DVC's own code is always 255; its last line says how the stage ended.
+        found = re.search(r"exited with (-?\d+)$", tail[-1] if tail else "")
+        code = int(found[1]) if found else code
+        raise StageFailed(target, code if code > 0 else 128 - code, list(tail))
+
+
+def pending(recipe: str) -> dict[str, str]:
+    """Why DVC would run stages of a recipe again, by stage; those that it would reuse are left out.
+
+    Changed inputs that an earlier stage is yet to make are not foreseen.
+
+    Raises:
+        UserError: where the recipe is not active, or DVC cannot tell.
+    """
+    check_recipe(recipe)
+    targets = [f"{stage}@{recipe}" for stage in STAGES]
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "status", "--json", *targets],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise UserError(f"dvc status {targets[0]}: {reason.removeprefix('ERROR: ')}")
+    reasons = {}
+    for target, changes in json.loads(done.stdout).items():
+        words = []
+        for change in changes:
+            if isinstance(change, str):
+                words.append(change)  # such as "changed command"
+                continue
+            for what in change.values():
+                words += [f"{path} {how}" for path, how in _flat(what)]
+        reasons[target.partition("@")[0]] = ", ".join(words)
+    return {stage: reasons[stage] for stage in STAGES if stage in reasons}
+
+
+def _flat(changes: dict[str, Any]) -> list[tuple[str, str]]:
+    # Changed parameters are one level deeper than files: {"params.yaml": {key: how}}.
+    found = []
+    for path, how in changes.items():
+        found += _flat(how) if isinstance(how, dict) else [(path, str(how))]
+    return found
+
+
+@contextlib.contextmanager
+def _handlers(stop: Callable[[int, FrameType | None], None]):  # type: ignore[no-untyped-def]
+    # Signal handlers belong to the main thread; elsewhere the flow's own end reaches `finally`.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _signal(group: int, number: int) -> bool:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """Ends the child's whole group: TERM, a time of grace, KILL; returns when it is gone."""
+    if not _signal(child.pid, signal.SIGTERM):
+        return
+    deadline = time.monotonic() + GRACE_SECONDS
+    while _still_there(child):
+        if time.monotonic() > deadline:
+            _signal(child.pid, signal.SIGKILL)
+        time.sleep(0.1)
+
+
+def _still_there(child: subprocess.Popen[str]) -> bool:
+    if child.poll() is None:
+        return True
+    with contextlib.suppress(ChildProcessError):
+        # Orphans of the group are ours since adopt_orphans: take leave of the ended ones.
+        while os.waitpid(-child.pid, os.WNOHANG)[0]:
+            pass
+    return _signal(child.pid, 0)

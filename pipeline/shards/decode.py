@@ -1,0 +1,95 @@
+"""Decodes a shard: from the store's bytes to pixels. Nothing of it is trusted on the way.
+
+Shapes: N images of a shard, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.shards.manifest import Shard
+from pipeline.sources import on_levels
+from pipeline.storage import ObjectMissing, Store
+from vdvae.config import UserError
+
+
+class Decoded(NamedTuple):
+    """All images of a shard, in its order."""
+
+    keys_N: list[str]
+    x_NCHW: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """What a recipe's shards must be, and where they lie."""
+
+    recipe: str
+    shape: tuple[int, int, int]  # H, W, C
+    num_levels: int
+    store: Store
+
+    def decode(self, shard: Shard) -> Decoded:
+        """The images of a shard.
+
+        Raises:
+            UserError: it is missing, or is not, byte for byte and image for image, what the
+                manifest says.
+        """
+        from webdataset import tariterators
+
+        height, width, channels = self.shape
+        x_NCHW = np.empty((shard.images, channels, height, width), np.uint8)
+        keys: list[str] = []
+        data = self._verified(shard)
+        # webdataset's own way in is by URL; these bytes are here already. Its errors are raised,
+        # and what it would pass over in silence fails the count.
+        stream = [{"url": shard.name, "stream": io.BytesIO(data)}]
+        try:
+            for sample in tariterators.group_by_keys(tariterators.tar_file_expander(stream)):
+                image_HWC = self._pixels(sample["png"])
+                if len(keys) < shard.images:
+                    x_NCHW[len(keys)] = image_HWC.transpose(2, 0, 1)
+                keys.append(sample["__key__"])
+        except Exception as error:  # tarfile and Pillow raise all sorts of things at odd bytes
+            raise self.refusal(shard, f"cannot be read ({error})") from error
+        if len(keys) != shard.images:
+            raise self.refusal(shard, f"{len(keys)} images instead of {shard.images}")
+        if not np.array_equal(on_levels(x_NCHW, self.num_levels), x_NCHW):
+            raise self.refusal(shard, f"an image is not on {self.num_levels} levels")
+        return Decoded(keys, x_NCHW)
+
+    def _verified(self, shard: Shard) -> bytes:
+        try:
+            data = self.store.get(shard.key, limit=shard.bytes + 1)
+        except ObjectMissing:
+            place = self.store.url(shard.key)
+            raise self.refusal(shard, f"not found at {place}", ", or set VDVAE_STORE") from None
+        if len(data) != shard.bytes:
+            size = f"{len(data)} bytes" if len(data) < shard.bytes else "more bytes"
+            raise self.refusal(shard, f"{size} instead of {shard.bytes}")
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 != shard.sha256:
+            raise self.refusal(shard, f"sha256 mismatch ({sha256}, not {shard.sha256})")
+        return data
+
+    def _pixels(self, png: bytes) -> NDArray[np.uint8]:
+        height, width, channels = self.shape
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
+            if picture.size != (width, height) or picture.mode != {1: "L", 3: "RGB"}[channels]:
+                raise ValueError(f"an image is {picture.mode} {picture.width}x{picture.height}")
+            return np.asarray(picture).reshape(self.shape)
+
+    def refusal(self, shard: Shard, what: str, also: str = "") -> UserError:
+        """Why a shard is not taken, and what mends it."""
+        return UserError(
+            f"data/manifests/{self.recipe}.json: shard {shard.name}: {what}; "
+            f"run 'dvc repro -f -s shard@{self.recipe}'{also}"
+        )

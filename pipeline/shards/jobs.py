@@ -1,0 +1,183 @@
+"""Runs jobs where there are processors, in order and with bounded memory, and never twice.
+
+Where and how many at once does not change a result, so the environment says it, not params.yaml:
+VDVAE_SHARD_WORKERS processes of this machine, or the Dask cluster whose scheduler is VDVAE_DASK.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from pipeline.process import end_with_parent
+from vdvae.config import UserError
+from vdvae.files import atomic_write_json
+
+_AGAIN = "what is done is kept: run the same command again to go on"
+
+
+class Workers:
+    """Where jobs run; in this process where there is no executor."""
+
+    def __init__(self, executor: Executor | None = None, at_once: int = 1) -> None:
+        self._executor = executor
+        self._in_flight = 2 * at_once  # one waits behind each that runs, so that none idles
+
+    def run(
+        self,
+        function: Callable[[Any], Any],
+        jobs: Iterable[Any],
+        kept: Path,
+        still_holds: Callable[[Any], bool] = lambda result: True,
+    ) -> Iterator[tuple[Any, Path]]:
+        """Results in the order of the jobs, each with the file that keeps it.
+
+        Few jobs are taken before they are needed, so `jobs` may be long and made as it goes.
+
+        Args:
+            function: its results are of JSON; it and the jobs can be pickled.
+            jobs: their `repr` says what they are made of.
+            kept: a folder for results, by what their jobs are made of; one that is there is taken.
+            still_holds: whether a result that was kept may be taken.
+        """
+        waiting: deque[tuple[Future[Any], Path]] = deque()
+        try:
+            for job in jobs:
+                path = kept / f"{hashlib.sha256(repr(job).encode()).hexdigest()}.json"
+                waiting.append((self._start(function, job, path, still_holds), path))
+                if len(waiting) == self._in_flight or self._executor is None:
+                    yield self._end(*waiting.popleft())
+            while waiting:
+                yield self._end(*waiting.popleft())
+        finally:
+            for future, _ in waiting:
+                future.cancel()
+
+    def _start(
+        self,
+        function: Callable[[Any], Any],
+        job: Any,
+        path: Path,
+        still_holds: Callable[[Any], bool],
+    ) -> Future[Any]:
+        done: Future[Any] = Future()
+        with contextlib.suppress(FileNotFoundError):
+            result = json.loads(path.read_bytes())
+            if still_holds(result):
+                done.set_result(result)
+                return done
+            path.unlink()
+        if self._executor is not None:
+            with _killed_is_told():
+                return self._executor.submit(function, job)
+        done.set_result(function(job))
+        return done
+
+    def _end(self, future: Future[Any], path: Path) -> tuple[Any, Path]:
+        with _killed_is_told():
+            result = future.result()
+        if not path.exists():
+            atomic_write_json(path, result)
+        return result, path
+
+
+@contextlib.contextmanager
+def _killed_is_told() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool:
+        raise UserError(
+            f"a process that made shards was killed, perhaps for want of memory; {_AGAIN}, "
+            f"perhaps with VDVAE_SHARD_WORKERS=1"
+        ) from None
+
+
+@contextlib.contextmanager
+def open_workers() -> Iterator[Workers]:
+    """The workers that the environment names.
+
+    Raises:
+        UserError: for a setting that is none, or a cluster that does not answer.
+    """
+    address = os.environ.get("VDVAE_DASK")
+    if address:
+        with _dask(address) as workers:
+            yield workers
+        return
+    count = _count()
+    if count == 1:
+        yield Workers()
+        return
+    executor = ProcessPoolExecutor(
+        count,
+        # Forked before there are any threads: a fresh Python would take seconds to import torch.
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=_begin,
+        initargs=(os.getpid(),),
+    )
+    try:
+        yield Workers(executor, count)
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _count() -> int:
+    text = os.environ.get("VDVAE_SHARD_WORKERS")
+    if not text:
+        return len(os.sched_getaffinity(0))
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1024):
+        raise UserError(
+            f"VDVAE_SHARD_WORKERS: {text!r} is not a number of processes from 1 to 1024; set it "
+            f"to one, or unset it for one a core"
+        )
+    return int(text)
+
+
+def _begin(parent: int) -> None:
+    # What the stage does on a signal is its own; a worker goes with it, however it goes.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def _dask(address: str) -> Iterator[Workers]:
+    try:
+        from distributed import Client, KilledWorker
+    except ModuleNotFoundError:
+        raise UserError(
+            "VDVAE_DASK: distributed is not installed; run: pip install 'vdvae[dask]', or unset it"
+        ) from None
+    try:
+        client = Client(address, timeout=10, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"VDVAE_DASK: the scheduler at {address} cannot be reached ({error}); start it, or "
+            f"set it to tcp://HOST:8786, or unset it to work on this machine"
+        ) from None
+    with client:
+        threads = sum(client.nthreads().values())
+        if not threads:
+            raise UserError(
+                f"VDVAE_DASK: the scheduler at {address} has no workers; start some with "
+                f"'dask worker {address} --nthreads 1'"
+            )
+        try:
+            yield Workers(client.get_executor(), threads)
+        except KilledWorker as error:
+            raise UserError(
+                f"VDVAE_DASK: a job was given up after its workers had died ({error}); see their "
+                f"logs; {_AGAIN}"
+            ) from None

@@ -1,0 +1,296 @@
+"""Writes shards: tars of PNG files that any WebDataset reader understands.
+
+A job makes one shard, wherever there is a processor; this process lists the images, hands out the
+jobs in order and sums up what they found. The result does not depend on who made which shard.
+
+Shapes: H W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.params import DataConfig
+from pipeline.process import alone
+from pipeline.shards.duplicates import HASH_BYTES, find_duplicates
+from pipeline.shards.jobs import Workers
+from pipeline.shards.manifest import (
+    KEY,
+    RECIPE,
+    SPLITS,
+    Manifest,
+    Shard,
+    SourceFacts,
+    Split,
+    shard_key,
+    shard_name,
+)
+from pipeline.sources import Item, Source, on_levels
+from pipeline.storage import Store
+from vdvae.config import UserError
+from vdvae.files import atomic_write_json, sha256_of
+
+SHARD_BYTES = 64 * 2**20  # most pixels in a shard, which the writer and the reader hold in memory
+STATES = "shards"  # in VDVAE_RUNS: what sharding that was interrupted goes on from
+_HERE = Path(__file__).parent
+
+
+class Job(NamedTuple):
+    """One shard to be made."""
+
+    split: str
+    number: int
+    items: tuple[Item, ...]
+
+
+def write_shards(
+    recipe: str,
+    data: DataConfig,
+    source: Source,
+    store: Store,
+    manifest_path: Path,
+    on_progress: Callable[[int], None] = lambda images: None,
+    *,
+    workers: Workers | None = None,
+    runs: Path | None = None,
+    before_manifest: Callable[[Manifest], None] = lambda manifest: None,
+) -> Manifest:
+    """Puts every image of a source into the store and writes the manifest, last and atomically.
+
+    The same images give the same bytes and the same manifest, however many workers there are. A
+    run that was stopped leaves whole shards and a record of each in `runs`; the next one goes on
+    after them.
+
+    Args:
+        on_progress: called with the number of images so far, after each shard.
+        workers: where the shards are made; by default in this process.
+        runs: VDVAE_RUNS; where it is not given, a run begins from nothing.
+        before_manifest: called when all shards are in the store.
+
+    Raises:
+        UserError: for bad raw data, a split without images, or a store that cannot be written.
+    """
+    if not re.fullmatch(RECIPE, recipe):
+        raise UserError(
+            f"params.yaml: recipes: the name {recipe!r} is not made of letters, digits, '_' and "
+            f"'-'; rename it"
+        )
+    with _state(recipe, data, store, runs) as state:
+        manifest = _write(recipe, data, source, store, workers or Workers(), state, on_progress)
+        before_manifest(manifest)
+        atomic_write_json(manifest_path, manifest.to_dict())
+        # Whoever runs it again from here on wants it done again.
+        shutil.rmtree(state)
+    return manifest
+
+
+@contextlib.contextmanager
+def _state(recipe: str, data: DataConfig, store: Store, runs: Path | None) -> Iterator[Path]:
+    """A folder for records, found again by whatever determines the shards but the raw data."""
+    if runs is None:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+        return
+    facts = {
+        "recipe": recipe,
+        "data": data.to_dict(),
+        "store": store.root,
+        "encoder": encoder(),
+        "code": [sha256_of(_HERE / "writer.py")]
+        + [sha256_of(path) for path in sorted((_HERE.parent / "sources").glob("*.py"))],
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    state = runs / STATES / f"{recipe}-{digest}"
+    with alone(state.with_suffix(".lock"), math.inf, doing=f"sharding {recipe}"):
+        state.mkdir(exist_ok=True)
+        yield state
+
+
+def encoder() -> list[str]:
+    """The versions of what makes the bytes: another one may make others of the same images."""
+    import PIL
+    import webdataset
+    from PIL import features
+
+    return [
+        f"Pillow {PIL.__version__}",
+        *(f"{name} {features.version(name)}" for name in ("zlib", "zlib_ng", "jpg", "webp")),
+        f"NumPy {np.__version__}",
+        f"webdataset {webdataset.__version__}",
+    ]
+
+
+def _write(
+    recipe: str,
+    data: DataConfig,
+    source: Source,
+    store: Store,
+    workers: Workers,
+    state: Path,
+    on_progress: Callable[[int], None],
+) -> Manifest:
+    shape = (data.image_size, data.image_size, data.channels)
+    most = min(data.shard_images, max(1, SHARD_BYTES // math.prod(shape)))
+
+    def run(function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
+        return (result for result, _ in workers.run(function, jobs, state))
+
+    jobs = _jobs(recipe, source.items(run), most)
+    make = functools.partial(_make_shard, recipe, data, source, store, encoder())
+    shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+    records: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    hashes = {split: bytearray() for split in SPLITS}
+    raw = {split: hashlib.sha256() for split in SPLITS}
+    histogram = np.zeros(256, np.int64)  # of train: sums of whole numbers have no order
+    converted: Counter[str] = Counter()
+    done = 0
+    for made, record in workers.run(make, jobs, state, lambda made: store.exists(made["key"])):
+        split = made["split"]
+        shard = Shard(
+            name=shard_name(recipe, split, len(shards[split])),
+            **{field: made[field] for field in ("key", "bytes", "sha256", "images")},
+        )
+        shards[split].append(shard)
+        records[split].append(record)
+        hashes[split] += bytes.fromhex(made["hashes"])
+        raw[split].update(
+            "\0".join([*made["keys"], ""]).encode() + bytes.fromhex(made["raw_hashes"])
+        )
+        if split == "train":
+            histogram += made["histogram"]
+        converted += Counter(made["converted"])
+        done += shard.images
+        on_progress(done)
+    mean, std = mean_std(histogram)
+    notes = {
+        **source.notes,
+        **({"converted": dict(sorted(converted.items()))} if converted else {}),
+    }
+    splits = {
+        split: Split(images=sum(shard.images for shard in found), shards=tuple(found))
+        for split, found in shards.items()
+    }
+
+    def key(split: str, row: int) -> str:
+        number, row = divmod(row, most)
+        return json.loads(records[split][number].read_bytes())["keys"][row]
+
+    return Manifest(
+        recipe=recipe,
+        shape=shape,
+        num_levels=data.num_levels,
+        mean=mean,
+        std=std,
+        source=SourceFacts(
+            name=source.name,
+            terms=source.terms,
+            fingerprint=hashlib.sha256(b"".join(one.digest() for one in raw.values())).hexdigest(),
+            notes=notes,
+        ),
+        splits=splits,
+        duplicates=find_duplicates(hashes, key),
+    )
+
+
+def _jobs(recipe: str, items: Iterable[Item], most: int) -> Iterator[Job]:
+    """Shards in the order in which they are full; every one but a split's last has `most` images.
+
+    Raises:
+        UserError: a split has no images.
+    """
+    waiting: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    counts: Counter[str] = Counter()
+    for item in items:
+        assert re.fullmatch(KEY, item.key), item.key
+        if len(waiting[item.split]) == most:
+            yield Job(item.split, counts[item.split] // most - 1, tuple(waiting[item.split]))
+            waiting[item.split] = []
+        waiting[item.split].append(item)
+        counts[item.split] += 1
+    if len(counts) < len(SPLITS):
+        found = ", ".join(f"{split} {counts[split]}" for split in SPLITS)
+        raise UserError(
+            f"params.yaml: recipes.{recipe}.data: too few images for three splits ({found}); add "
+            f"images, or change validation, test or split_seed"
+        )
+    for split, rest in waiting.items():
+        yield Job(split, (counts[split] - 1) // most, tuple(rest))
+
+
+def _make_shard(
+    recipe: str, data: DataConfig, source: Source, store: Store, encoder_there: list[str], job: Job
+) -> dict[str, Any]:
+    """Loads, encodes and stores one shard; what the manifest needs to know of it."""
+    import webdataset
+
+    if encoder() != encoder_there:
+        raise UserError(
+            f"a worker has {', '.join(encoder())} where the stage has {', '.join(encoder_there)}: "
+            f"its bytes may be others; install the same versions on both"
+        )
+    shape = (data.image_size, data.image_size, data.channels)
+    converted: Counter[str] = Counter()
+    histogram = np.zeros(256, np.int64)
+    raw_hashes, hashes = bytearray(), bytearray()
+    tar = io.BytesIO()
+    with webdataset.TarWriter(tar, encoder=False, mtime=0, user="vdvae", group="vdvae") as out:
+        images = source.load((item.at for item in job.items), converted)
+        for item, raw_HWC in zip(job.items, images, strict=True):
+            assert raw_HWC.shape == shape and raw_HWC.dtype == np.uint8, (item.key, raw_HWC.shape)
+            image_HWC = on_levels(raw_HWC, data.num_levels)
+            raw_hashes += _hash(raw_HWC)
+            hashes += _hash(image_HWC)
+            histogram += np.bincount(image_HWC.ravel(), minlength=256)
+            out.write({"__key__": item.key, "png": _encode(image_HWC)})
+    content = tar.getvalue()
+    sha256 = hashlib.sha256(content).hexdigest()
+    key = shard_key(recipe, sha256)
+    store.put(key, content)
+    return {
+        "split": job.split,
+        "key": key,
+        "bytes": len(content),
+        "sha256": sha256,
+        "images": len(job.items),
+        "keys": [item.key for item in job.items],
+        "raw_hashes": raw_hashes.hex(),
+        "hashes": hashes.hex(),
+        "histogram": histogram.tolist(),
+        "converted": dict(converted),
+    }
+
+
+def _hash(image_HWC: NDArray[np.uint8]) -> bytes:
+    return hashlib.sha256(image_HWC.tobytes()).digest()[:HASH_BYTES]
+
+
+def _encode(image_HWC: NDArray[np.uint8]) -> bytes:
+    picture = Image.fromarray(image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def mean_std(histogram: NDArray[np.int64]) -> tuple[float, float]:
+    """Of the values 0..255 by how often each came; exact until the last division."""
+    counts = [int(count) for count in histogram]
+    n = sum(counts)
+    total = sum(value * count for value, count in enumerate(counts))
+    squares = sum(value**2 * count for value, count in enumerate(counts))
+    return total / n, math.sqrt(n * squares - total**2) / n

@@ -1,0 +1,137 @@
+"""A folder of anybody's images, on this machine or in an S3 bucket."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from pipeline.params import DataConfig
+from pipeline.sources import Item, Run, on_levels
+from pipeline.sources.decode import FORMATS, decode
+from pipeline.sources.raw import File, raw_files, setting, suffix_of
+from pipeline.storage import shown
+from vdvae.config import UserError
+
+READ = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# Images all the same, so that leaving them out in silence would be wrong.
+NOT_READ = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd", ".dng")
+_CHUNK = 256  # images whose splits are found at once
+
+
+class Folder:
+    """Every image below a folder, in the order of their names; links and dot files are left out.
+
+    The same images below an S3 prefix are the same images: names decide, not where they lie. Keys
+    are made of the name, so they stay when other images come or go: `cat-<16 hex digits of the
+    sha256 of the relative path>`. The split is that of the pixels as they are stored: sha256
+    of split_seed and pixels, read as a number in [0, 1), below `test` is test, below `test` +
+    `validation` is validation, the rest train. So equal images are in the same split, and an
+    image's split does not depend on the others.
+    """
+
+    name = "folder"
+    terms = "those of the images' owner; this project does not know them"
+
+    def __init__(self, recipe: str, data: DataConfig) -> None:
+        self.files = raw_files(recipe, data, "set this key to your folder of images")
+        self.recipe = recipe
+        self.data = data
+        self.notes: dict[str, Any] = {}
+
+    def items(self, run: Run) -> Iterator[Item]:
+        skipped: Counter[str] = Counter()
+        listed = self._listed(skipped)
+        if not listed:
+            raise UserError(
+                f"{shown(self.files.root)}: has no images ({', '.join(READ)}), only "
+                f"{sum(skipped.values())} other files or links; put images there, or set "
+                f"{setting(self.recipe, 'path')}"
+            )
+        if skipped:
+            self.notes["skipped"] = dict(sorted(skipped.items()))
+
+        def chunks() -> Iterator[list[File]]:
+            for start in range(0, len(listed), _CHUNK):
+                yield [_file(entry) for entry in listed[start : start + _CHUNK]]
+
+        # Each image is decoded twice, here for its split: so shards can be written in parallel.
+        for files, splits in zip(chunks(), run(self._splits, chunks()), strict=True):
+            for file, split in zip(files, splits, strict=True):
+                yield Item(_key(file.name), split, file)
+
+    def load(self, places: Iterable[File], converted: Counter[str]) -> Iterator[NDArray[np.uint8]]:
+        for name, _ in places:
+            with self.files.image(name) as file:
+                picture = decode(file, self._shown(name), self.data.channels, converted)
+            image = np.asarray(self._sized(picture, name, converted))
+            yield on_levels(
+                image.reshape(*image.shape[:2], self.data.channels), self.data.num_levels
+            )
+
+    def _splits(self, files: list[File]) -> list[str]:
+        return [self._split(image_HWC) for image_HWC in self.load(files, Counter())]
+
+    def _listed(self, skipped: Counter[str]) -> list[bytes]:
+        # In order of the names, as one object each: there may be millions.
+        found: list[bytes] = []
+        for file in self.files.list(skipped):
+            suffix = suffix_of(file.name)
+            if suffix in NOT_READ:
+                raise UserError(
+                    f"{self._shown(file.name)}: {suffix} images are not read; convert it to one of "
+                    f"{', '.join(FORMATS)}, or take it out"
+                )
+            if suffix in READ:
+                found.append(_bytes(file.name) + b"\0" + file.stamp.encode())
+            else:
+                skipped[suffix] += 1
+        found.sort()
+        return found
+
+    def _shown(self, name: str) -> str:
+        return shown(f"{self.files.root}/{name}")
+
+    def _sized(self, picture: Image.Image, name: str, converted: Counter[str]) -> Image.Image:
+        size = self.data.image_size
+        if picture.size == (size, size):
+            return picture
+        if not self.data.resize:
+            raise UserError(
+                f"{self._shown(name)}: is {picture.width}x{picture.height}, not "
+                f"{size}x{size}; set {setting(self.recipe, 'resize')} to crop or stretch"
+            )
+        if min(picture.size) < size:
+            converted["enlarged"] += 1
+        if self.data.resize == "stretch":
+            return picture.resize((size, size), Image.Resampling.LANCZOS)
+        return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+
+    def _split(self, image_HWC: NDArray[np.uint8]) -> str:
+        digest = hashlib.sha256(self.data.split_seed.to_bytes(4, "little") + image_HWC.tobytes())
+        number = int.from_bytes(digest.digest()[:8], "big") / 2**64
+        if number < self.data.test:
+            return "test"
+        return "validation" if number < self.data.test + self.data.validation else "train"
+
+
+def _file(entry: bytes) -> File:
+    name, _, stamp = entry.partition(b"\0")
+    return File(name.decode("utf-8", "surrogateescape"), stamp.decode())
+
+
+def _key(name: str) -> str:
+    words = re.sub("[^a-z0-9]+", "-", PurePosixPath(name).stem.lower())[:40].strip("-") or "image"
+    return f"{words}-{hashlib.sha256(_bytes(name)).hexdigest()[:16]}"
+
+
+def _bytes(name: str) -> bytes:
+    # A file's name may be bytes that are no text; these come back as they were.
+    return name.encode("utf-8", "surrogateescape")

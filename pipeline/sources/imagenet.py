@@ -1,0 +1,159 @@
+"""Downsampled ImageNet as the paper has it (van den Oord et al., 2016): tars of small PNGs."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import tarfile
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.params import DataConfig
+from pipeline.sources import Item, Run, require, whole_number
+from pipeline.sources.decode import decode
+from pipeline.sources.raw import File, raw_files, setting, suffix_of
+from pipeline.storage import shown
+from vdvae.config import UserError
+
+URL = "http://www.image-net.org/small/{split}_{size}x{size}.tar"
+LATER_RELEASE = 50_000  # images in its validation set; the paper's has 49,999
+
+
+class _Place(NamedTuple):
+    """One PNG in a tar."""
+
+    tar: File
+    name: str
+    offset: int  # of its bytes
+    size: int
+
+
+class ImageNet:
+    """Keys `imagenet32-train-0000012` and `imagenet32-test-0000012` by the rank of the file's name.
+
+    Order: by file name. Splits: of RandomState(split_seed).permutation(n) of the train tar the
+    last `validation` images are validation; test is the official validation set. The published
+    split (seed 42) followed the order in which a file system listed the files, so it cannot be had
+    again; this one can.
+    """
+
+    name = "imagenet"
+    terms = "non-commercial research and education only (image-net.org)"
+
+    def __init__(self, recipe: str, data: DataConfig) -> None:
+        require(recipe, data, image_size=(32, 64), channels=(3,), resize=("",))
+        train, test = (
+            URL.format(split=split, size=data.image_size) for split in ("train", "valid")
+        )
+        remedy = (
+            f"run 'vdvae fetch imagenet{data.image_size}', or get {train} and {test} or a mirror "
+            f"of them, and set this key to the folder that holds both"
+        )
+        self.files = raw_files(recipe, data, remedy)
+        tars = []
+        for url in (train, test):
+            name = url.rpartition("/")[2]
+            found = self.files.find(name)
+            if found is None:
+                listed = [file.name for file in self.files.list(Counter())]
+                if any(name.endswith((".npz", "_npz.zip")) for name in listed):
+                    raise UserError(
+                        f"{shown(self.files.root)}: holds the later npz release, other images "
+                        f"whose figures cannot be compared; {remedy}; if it is that release you "
+                        f"want, set {setting(recipe, 'source')} to imagenet-npz"
+                    )
+                raise UserError(f"{shown(f'{self.files.root}/{name}')}: not found; {remedy}")
+            tars.append(found)
+        self.train, self.test = tars
+        self.recipe = recipe
+        self.data = data
+        self.notes: dict[str, Any] = {}
+
+    def items(self, run: Run) -> Iterator[Item]:
+        skipped: Counter[str] = Counter()
+        train, test = self._places(self.train, skipped), self._places(self.test, skipped)
+        if len(test) == LATER_RELEASE:
+            raise UserError(
+                f"{self._shown(self.test)}: has {len(test)} images, so it is the later release, "
+                f"whose figures cannot be compared; get the paper's, which has 49,999"
+            )
+        if skipped:
+            self.notes["skipped"] = dict(sorted(skipped.items()))
+        validation = whole_number(self.recipe, "validation", self.data.validation, len(train))
+        is_validation = np.zeros(len(train), bool)
+        order = np.random.RandomState(self.data.split_seed).permutation(len(train))
+        is_validation[order[-validation:]] = True
+        size = self.data.image_size
+        for rank, place in enumerate(train):
+            split = "validation" if is_validation[rank] else "train"
+            yield Item(f"imagenet{size}-train-{rank:07d}", split, place)
+        for rank, place in enumerate(test):
+            yield Item(f"imagenet{size}-test-{rank:07d}", "test", place)
+
+    def load(
+        self, places: Iterable[_Place], converted: Counter[str]
+    ) -> Iterator[NDArray[np.uint8]]:
+        size = self.data.image_size
+        for tar, of_tar in itertools.groupby(places, lambda place: place.tar):
+            with self.files.open(tar.name) as file:
+                for place in of_tar:
+                    file.seek(place.offset)
+                    name = f"{self._shown(tar)}: {place.name!a}"
+                    picture = decode(io.BytesIO(file.read(place.size)), name, 3, converted)
+                    if picture.size != (size, size):
+                        raise UserError(
+                            f"{name}: is {picture.width}x{picture.height}, not {size}x{size}; get "
+                            f"the tar anew"
+                        )
+                    yield np.asarray(picture)
+
+    def _places(self, tar: File, skipped: Counter[str]) -> _Places:
+        names, offsets, sizes = [], array("Q"), array("Q")
+        try:
+            with (
+                self.files.open(tar.name) as file,
+                tarfile.open(fileobj=file, mode="r:") as opened,
+            ):
+                while (member := opened.next()) is not None:
+                    if member.isreg() and member.name.endswith(".png"):
+                        names.append(member.name.encode("utf-8", "surrogateescape"))
+                        offsets.append(member.offset_data)
+                        sizes.append(member.size)
+                    elif not member.isdir():
+                        skipped[suffix_of(member.name) if member.isreg() else "link"] += 1
+                    opened.members.clear()  # type: ignore[attr-defined]  # a million would stay
+                # At a damaged header or a cut between two files tarfile ends without a word.
+                file.seek(opened.offset)
+                if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"no header and no end at byte {opened.offset}")
+        except tarfile.TarError as error:
+            raise UserError(
+                f"{self._shown(tar)}: cannot be read as a tar ({error}); get it anew"
+            ) from error
+        if not names:
+            raise UserError(f"{self._shown(tar)}: has no PNG files; get it anew")
+        return _Places(tar, np.array(names), np.array(offsets), np.array(sizes))
+
+    def _shown(self, tar: File) -> str:
+        return shown(f"{self.files.root}/{tar.name}")
+
+
+class _Places:
+    """The PNGs of a tar in the order of their names; arrays, for there are more than a million."""
+
+    def __init__(self, tar: File, names: Any, offsets: Any, sizes: Any) -> None:
+        self.tar = tar
+        order = np.argsort(names, kind="stable")
+        self.names, self.offsets, self.sizes = names[order], offsets[order], sizes[order]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[_Place]:
+        for name, offset, size in zip(self.names, self.offsets, self.sizes, strict=True):
+            yield _Place(self.tar, name.decode("utf-8", "surrogateescape"), int(offset), int(size))

@@ -1,0 +1,67 @@
+"""The five stages, one file each: DVC's units of work, run as `python -m pipeline.stages.NAME`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pipeline.exits import CANCELLED, fail, machine_error
+from pipeline.launch import launch, ranks_here
+from pipeline.params import load_recipe
+from pipeline.process import end_with_parent
+from vdvae.config import UserError
+
+if TYPE_CHECKING:
+    from pipeline.params import Recipe
+    from pipeline.shards import Manifest
+
+# Read by OpenMP when torch is imported. Where something else wants a core, threads that spin while
+# they wait for each other make training many times slower; less spinning halves that for free.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def main(stage: Callable[[str], None], *, in_ranks: bool = False) -> None:
+    """Runs a stage for the recipe named on the command line, in several ranks where it may.
+
+    The user's errors, and a machine that cannot take what is written (full disk, no permission),
+    end in one sentence on stderr and exit code 2; our own bugs keep their traceback.
+    """
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python -m {stage.__module__} RECIPE")
+    end_with_parent()
+    # Unwinds, so that MLflow's run is KILLED; training has an answer of its own.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(CANCELLED))
+    name = sys.argv[1]
+    try:
+        if in_ranks and (size := ranks_here(load_recipe(name))) > 1:
+            sys.exit(launch(f"pipeline.stages.{stage.__name__}", name, size))
+        stage(name)
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        sentence = machine_error(error)
+        if sentence is None:
+            raise
+        fail(sentence)
+
+
+def check_manifest(recipe: Recipe, manifest: Manifest) -> Manifest:
+    """The manifest, where it is of the same images that the recipe's model is made for.
+
+    Raises:
+        UserError: naming the first fact that differs.
+    """
+    data = recipe.data
+    for fact, wanted, found in (
+        ("shape", (data.image_size, data.image_size, data.channels), tuple(manifest.shape)),
+        ("num_levels", data.num_levels, manifest.num_levels),
+    ):
+        if wanted != found:
+            raise UserError(
+                f"data/manifests/{recipe.name}.json: {fact} is {found}, params.yaml says {wanted}; "
+                f"run 'dvc repro shard@{recipe.name}'"
+            )
+    return manifest

@@ -1,0 +1,173 @@
+"""The stage `evaluate`: the likelihood of every image of validation and test, exactly once.
+
+On several ranks: torchrun --nproc-per-node N -m pipeline.stages.evaluate RECIPE
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import TYPE_CHECKING, Any
+
+from pipeline.journal import BufferedRun
+from pipeline.params import Places, Recipe, load_recipe
+from pipeline.shards import Manifest, ShardReader
+from pipeline.stages import check_manifest, main
+from pipeline.storage import open_store
+from vdvae.files import atomic_write, atomic_write_json, sha256_of
+
+if TYPE_CHECKING:
+    from pipeline.params import EvaluateConfig
+    from vdvae.distributed import Ranks
+    from vdvae.evaluate import Scores
+    from vdvae.model import VDVAE
+
+SPLITS = ("validation", "test")
+_CAVEATS = {
+    "published": "the published likelihood, off 1 in its sums by up to 1e-5",
+    "published_5bit": "the published 5-bit likelihood, which is not normalised: compares with the "
+    "published 0.61 alone",
+}
+
+
+def evaluate(name: str) -> None:
+    """Measures a recipe's model; see `measure`."""
+    measure(load_recipe(name), Places.from_env())
+
+
+def measure(recipe: Recipe, places: Places) -> None:
+    """Writes per_image.csv, rates.json, conditions.json and, last, metrics.json; logs all of it."""
+    name = recipe.name
+    manifest = check_manifest(recipe, Manifest.load(places.manifest(name)))
+    store = open_store(places.store_url)
+
+    import vdvae
+    from pipeline import tracking
+    from vdvae.distributed import ranks
+    from vdvae.precision import exact_float32
+    from vdvae.training import device_of
+
+    exact_float32()
+    settings, results = recipe.evaluate, places.results(name)
+    with ranks() as group:
+        device = device_of(recipe.train)
+        model = vdvae.load(places.model(name)).to(device)
+
+        def score(split: str) -> Scores | None:
+            reader = ShardReader(manifest, store, split)
+            return scores_of(group, model, reader, settings, settings.passes, settings.iwae)
+
+        if not group.first:
+            for split in SPLITS:
+                score(split)
+            return
+        opened = tracking.open_run(name, places, results / "run.json", recipe.flat(), {}, manifest)
+        with BufferedRun(opened, places.runs) as run:
+            scores: dict[str, Scores] = {}
+            for split in SPLITS:
+                found = score(split)
+                assert found is not None
+                scores[split] = found
+                tell(split, found, recipe.model.likelihood)
+            metrics: dict[str, Any] = {split: found.summary() for split, found in scores.items()}
+            conditions = {
+                **tracking.revision_tags(),
+                "manifest_digest": manifest.digest,
+                "weights_sha256": sha256_of(places.model(name) / "model.safetensors"),
+                "likelihood": recipe.model.likelihood,
+                "num_levels": recipe.model.num_levels,
+                "precision": "fp32",
+                "device": device.type,
+                "seed": settings.seed,
+                "posterior_samples": settings.passes,
+                "importance_samples": settings.iwae,
+            }
+            atomic_write(results / "per_image.csv", _per_image(scores))
+            atomic_write_json(results / "rates.json", _rates(model, scores))
+            atomic_write_json(results / "conditions.json", conditions)
+            atomic_write_json(results / "metrics.json", metrics)
+            run.log_metrics(tracking.flat_metrics(metrics))
+            for file in ("per_image.csv", "rates.json", "conditions.json", "metrics.json"):
+                run.log_artifact(results / file)
+
+
+def scores_of(
+    group: Ranks,
+    model: VDVAE,
+    reader: ShardReader,
+    settings: EvaluateConfig,
+    passes: int = 1,
+    iwae: int = 0,
+) -> Scores | None:
+    """The scores of a split's images, of which each rank takes its own; on the first of them."""
+    from vdvae.evaluate import checked, evaluate, interleaved
+
+    batches = reader.scan(settings.batch_size, group.rank, group.size)
+    mine = len(range(group.rank, reader.images, group.size))
+    found = None  # of a rank beyond the number of images; an empty split is the first one's to say
+    if mine or group.first:
+        found = evaluate(model, batches, settings.seed, mine, passes=passes, iwae=iwae)
+    parts = [part for part in group.gather(found) if part is not None]
+    return checked(interleaved(parts), reader.images) if parts else None
+
+
+def tell(split: str, scores: Scores, likelihood: str) -> None:
+    """Prints the figures of a split in one line, and what its likelihood does not compare with."""
+    figures = scores.summary()
+    text = (
+        f"{split}: {figures['bits_per_dim']:.4f} ± {figures['bits_per_dim_se']:.4f} bits/dim "
+        f"({figures['nats_per_dim']:.4f} nats/dim) over {figures['images']} images"
+    )
+    if scores.passes > 1:
+        text += (
+            f", {scores.passes} draws of the posterior (error over draws "
+            f"{figures['bits_per_dim_se_draws']:.5f} bits/dim)"
+        )
+    if scores.iwae:
+        text += (
+            f"; importance-weighted by {scores.iwae} draws {figures['iwae_bits_per_dim']:.4f} ± "
+            f"{figures['iwae_bits_per_dim_se']:.4f} bits/dim "
+            f"({figures['iwae_nats_per_dim']:.4f} nats/dim)"
+        )
+    if likelihood in _CAVEATS:
+        text += f" ({_CAVEATS[likelihood]})"
+    print(text, flush=True)
+
+
+def _per_image(scores: dict[str, Scores]) -> str:
+    rows = io.StringIO()
+    table = csv.writer(rows, lineterminator="\n")
+    with_iwae = any(found.iwae for found in scores.values())
+    table.writerow(
+        ["split", "key", "bits_per_dim", "rate_nats", "distortion_nats"] + ["iwae_nats"] * with_iwae
+    )
+    for split, found in scores.items():
+        columns = [found.bits_per_dim_B, found.rate_nats_B, found.distortion_nats_B]
+        if found.iwae_nats_B is not None:
+            columns.append(found.iwae_nats_B)
+        for key, *values in zip(found.keys, *columns, strict=True):
+            table.writerow([split, key, *(repr(float(value)) for value in values)])
+    return rows.getvalue()
+
+
+def _rates(model: VDVAE, scores: dict[str, Scores]) -> dict[str, Any]:
+    """The rate of each stochastic layer, top first, and of each resolution, in bits/dim."""
+    layers = [entry.resolution for entry in model.decoder.layout]
+    found = {}
+    for split, score in scores.items():
+        rates = score.rate_bits_per_dim_L().tolist()
+        by_resolution = {
+            str(resolution): sum(r for at, r in zip(layers, rates, strict=True) if at == resolution)
+            for resolution in model.decoder.resolutions
+        }
+        found[split] = {"rate_bits_per_dim_by_resolution": by_resolution} | {
+            "rate_bits_per_dim_by_layer": [
+                {"resolution": at, "rate_bits_per_dim": rate}
+                for at, rate in zip(layers, rates, strict=True)
+            ]
+        }
+    return found
+
+
+if __name__ == "__main__":
+    main(evaluate, in_ranks=True)

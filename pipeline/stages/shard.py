@@ -1,0 +1,80 @@
+"""Stage 1: images from their source into shards in the store, and the manifest that lists them."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from pipeline.params import Places, load_recipe
+from pipeline.pictures import save_grid, shown, small
+from pipeline.shards import SPLITS, Manifest, ShardReader, write_shards
+from pipeline.shards.jobs import open_workers
+from pipeline.sources import open_source
+from pipeline.stages import main
+from pipeline.storage import Store, open_store
+
+_INTERVAL_S = 5.0
+CONTACTS = 64  # images of each split on its contact sheet
+
+
+def shard(recipe_name: str) -> None:
+    """Shards one recipe's data, draws contact sheets, writes data/manifests/<recipe>.json last."""
+    recipe, places = load_recipe(recipe_name), Places.from_env()
+    source = open_source(recipe.name, recipe.data)
+    began = spoke = time.monotonic()
+
+    def on_progress(images: int) -> None:
+        nonlocal spoke
+        now = time.monotonic()
+        if now - spoke >= _INTERVAL_S:
+            spoke = now
+            print(f"{images} images  {images / (now - began):.0f} img/s", flush=True)
+
+    path = places.manifest(recipe.name)
+    store = open_store(places.store_url)
+    with open_workers() as workers:
+        manifest = write_shards(
+            recipe.name,
+            recipe.data,
+            source,
+            store,
+            path,
+            on_progress,
+            workers=workers,
+            runs=places.runs,
+            before_manifest=lambda manifest: draw_contacts(manifest, store, places),
+        )
+    for what, note in manifest.source.notes.items():
+        print(f"{what}: {note}")
+    duplicates = manifest.duplicates
+    assert duplicates is not None  # just counted
+    for kind, counts in (("within", duplicates.within), ("across", duplicates.across)):
+        if any(counts.values()):
+            found = ", ".join(f"{count} in {where}" for where, count in counts.items() if count)
+            print(f"duplicates {kind}: {found}")
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    print(
+        "  ".join(f"{name} {split.images}" for name, split in manifest.splits.items())
+        + f"  shards {len(shards)}  {sum(shard.bytes for shard in shards) / 2**20:.1f} MiB"
+        + f"  {time.monotonic() - began:.1f} s  {path}"
+    )
+
+
+def draw_contacts(manifest: Manifest, store: Store, places: Places) -> None:
+    """Writes results/<recipe>/contact_<split>.png: each split's first images, as stored."""
+    for split in SPLITS:
+        parts: list[np.ndarray] = []
+        left = CONTACTS
+        # Read back by the reader's own way, a shard at a time.
+        for _, x_BCHW in ShardReader(manifest, store, split, window_bytes=1).scan(8):
+            parts.append(small(shown(x_BCHW[:left])))
+            left -= len(parts[-1])
+            if not left:
+                break
+        sheet = places.results(manifest.recipe) / f"contact_{split}.png"
+        save_grid(sheet, np.concatenate(parts))
+
+
+if __name__ == "__main__":
+    main(shard)

@@ -1,0 +1,105 @@
+"""Sharding on a Dask cluster: the same jobs, the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.params import DataConfig
+from pipeline.shards import Manifest, write_shards
+from pipeline.shards.jobs import open_workers
+from pipeline.sources import open_source
+from pipeline.storage import FileStore
+from vdvae.config import UserError
+
+distributed = pytest.importorskip("distributed")
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """A scheduler and two workers, each a process, on ports of their own."""
+    # Each with a Python of its own, which must find this checkout.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *_paths()]))
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
+    ) as running:
+        monkeypatch.setenv("VDVAE_DASK", running.scheduler_address)
+        yield running
+
+
+def _paths() -> list[str]:
+    return os.environ.get("PYTHONPATH", "").split(os.pathsep)
+
+
+def write(folder: Path, data: DataConfig) -> Manifest:
+    with open_workers() as workers:
+        return write_shards(
+            "r",
+            data,
+            open_source("r", data),
+            FileStore(folder / "store"),
+            folder / "r.json",
+            workers=workers,
+            runs=folder / "runs",
+        )
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataConfig:
+    images = tmp_path / "images"
+    images.mkdir()
+    for seed in range(120):
+        pixels = np.random.RandomState(seed).randint(0, 256, (8, 8, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(images / f"{seed:03}.png")
+    return DataConfig(source="folder", path=str(images), image_size=8, shard_images=7)
+
+
+def test_a_cluster_gives_the_manifest_of_one_process(
+    tmp_path: Path, data: DataConfig, cluster: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = write(tmp_path / "far", data)
+    monkeypatch.delenv("VDVAE_DASK")
+    monkeypatch.setenv("VDVAE_SHARD_WORKERS", "1")
+    assert write(tmp_path / "here", data) == far
+    files = [sorted(path.name for path in (tmp_path / n).rglob("*.tar")) for n in ("far", "here")]
+    assert files[0] == files[1] and len(files[0]) > 15
+
+
+def test_a_worker_that_dies_costs_nothing_and_bad_images_are_named(
+    tmp_path: Path, data: DataConfig, cluster: object
+) -> None:
+    def kill_one(images: int) -> None:
+        if images > 7 and not killed:
+            killed.append(cluster.workers[0].pid)  # type: ignore[attr-defined]
+            os.kill(killed[0], signal.SIGKILL)
+
+    killed: list[int] = []
+    with open_workers() as workers:
+        manifest = write_shards(
+            "r",
+            data,
+            open_source("r", data),
+            FileStore(tmp_path / "store"),
+            tmp_path / "r.json",
+            kill_one,
+            workers=workers,
+        )
+    assert killed and sum(split.images for split in manifest.splits.values()) == 120
+    (Path(data.path) / "500.png").write_bytes(b"text")
+    with pytest.raises(UserError, match=r"500.png: is no image in PNG"):
+        write(tmp_path, data)
+
+
+def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address, words in (("tcp://127.0.0.1:9", "cannot be reached"), ("x", "cannot be reached")):
+        monkeypatch.setenv("VDVAE_DASK", address)
+        with pytest.raises(UserError, match=f"^VDVAE_DASK: .*{words}") as caught, open_workers():
+            pass
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,124 @@
+"""Each fast path of the training step against its plain twin, on the same images and noise."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from test_training import CPU, MODEL, batches, settings
+
+from vdvae.config import ModelConfig, UserError
+from vdvae.doctor import Point
+from vdvae.precision import check_precision
+from vdvae.summary import summarise
+from vdvae.training import TrainState, start, train, update
+
+PLAIN = {"warmup_steps": 0, "channels_last": False}
+# Wide enough for every kind of block: pooling, padding, unpooling, 3x3 and 1x1.
+WIDER = ModelConfig(**{**MODEL.to_dict(), "encoder": "4x2,4d2,2x1,2d2,1x1",
+                       "decoder": "1x1,2m1,4m2,4x1", "widths": "2:12,1:16"})  # fmt: skip
+
+
+def stepped(model: ModelConfig = WIDER, steps: int = 3, **changes: Any) -> tuple[TrainState, Point]:
+    config = settings(**{**PLAIN, **changes})
+    state = start(model, config, CPU)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        noise_BN = torch.randn(4, model.num_latents, generator=generator)
+        figures = update(state, config, next(batches(step)), noise_BN)
+    return state, figures
+
+
+def gradients(state: TrainState) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in state.model.parameters() if p.grad is not None])
+
+
+def test_recomputed_activations_give_the_same_bits() -> None:
+    plain, figures = stepped()
+    for resolution in (1, 4):
+        twin, same = stepped(recompute_from=resolution)
+        assert same == figures
+        assert torch.equal(gradients(twin), gradients(plain))
+
+
+def test_recomputing_keeps_less_for_the_backward_pass() -> None:
+    def kept(recompute_from: int) -> int:
+        """Bytes of what the blocks save, counted by autograd's own hooks."""
+        state = start(WIDER, settings(**PLAIN, recompute_from=recompute_from), CPU)
+        sizes: dict[int, int] = {}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            sizes[x.data_ptr()] = x.numel() * x.element_size()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            elbo = state.forward(next(batches(0)), torch.randn(4, WIDER.num_latents))
+        assert elbo.rate_nats_B.requires_grad
+        weights = {p.data_ptr() for p in state.model.parameters()}
+        return sum(size for pointer, size in sizes.items() if pointer not in weights)
+
+    assert kept(1) < kept(4) < 0.8 * kept(0)
+    least, less, all_of_it = (summarise(WIDER, r).activation_bytes for r in (1, 4, 0))
+    assert least < less < 0.8 * all_of_it  # what `vdvae plan` tells
+
+
+def test_channels_last_is_the_same_step() -> None:
+    plain, figures = stepped()
+    twin, same = stepped(channels_last=True)
+    assert same == pytest.approx(figures, rel=1e-5, abs=1e-8)  # a rate is a small difference
+    torch.testing.assert_close(gradients(twin), gradients(plain), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
+def test_compiled_blocks_are_the_same_step() -> None:
+    plain, figures = stepped()
+    twin, same = stepped(compile=True)
+    assert any(block._compiled_call_impl for block in twin.model.decoder.blocks)
+    assert same == pytest.approx(figures, rel=1e-4, abs=1e-7)
+    torch.testing.assert_close(gradients(twin), gradients(plain), rtol=1e-3, atol=1e-5)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"train.compile: true needs a C\+\+ compiler"):
+        train(MODEL, settings(compile=True), batches, CPU, lambda p: True)  # type: ignore[arg-type]
+
+
+def test_bfloat16_is_near_and_its_critical_parts_are_float32() -> None:
+    plain, figures = stepped(steps=1)
+    twin, near = stepped(steps=1, precision="bf16")
+    assert near != figures
+    for name in ("rate_bits_per_dim", "distortion_bits_per_dim", "gradient_norm"):
+        assert near[name] == pytest.approx(figures[name], rel=0.03)
+    one, other = gradients(plain), gradients(twin)
+    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.995
+    assert {p.dtype for p in twin.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in twin.ema.parameters()} == {torch.float32}
+    assert all(value["exp_avg"].dtype == torch.float32 for value in twin.optimiser.state.values())
+    with torch.autocast("cpu", torch.bfloat16):
+        elbo = twin.model(next(batches(0)), torch.zeros(4, WIDER.num_latents))
+    assert (elbo.distortion_nats_B.dtype, elbo.kl_nats_LB.dtype) == (torch.float32,) * 2
+
+
+def test_training_in_bfloat16_learns() -> None:
+    _, first = stepped(MODEL, steps=1)
+    _, last = stepped(MODEL, steps=40, precision="bf16", learning_rate=3e-3)
+    bits = [f["rate_bits_per_dim"] + f["distortion_bits_per_dim"] for f in (first, last)]
+    assert bits[1] < bits[0] - 0.1
+
+
+def test_a_precision_that_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"tf32 needs a CUDA device, not cpu; use fp32 or bf16"):
+        check_precision("tf32", CPU)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(UserError, match=r"this machine's cpu has no bfloat16; use fp32"):
+        check_precision("bf16", CPU)
+
+
+def test_noise_comes_from_outside() -> None:
+    """Twice the same step with the same noise is the same bits: nothing else is drawn."""
+    (one, a), (other, b) = stepped(), stepped()
+    assert a == b
+    assert torch.equal(gradients(one), gradients(other))

@@ -1,0 +1,74 @@
+"""`vdvae recipe new` and `vdvae plan`: from a folder of images to figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, Project
+from PIL import Image
+
+from pipeline.new_recipe import blocks, pools_of, widths
+from vdvae.config import ModelConfig, UserError, parse_decoder
+
+CLI = (sys.executable, "-c", "from pipeline.cli import main; main()")
+
+
+@pytest.mark.parametrize("size", [2, 4, 8, 28, 32, 48, 96, 100, 224, 256, 512, 1024])
+@pytest.mark.parametrize("depth", [2, 22])
+def test_blocks_stand_at_every_resolution_down_to_1(size: int, depth: int) -> None:
+    pools = pools_of(size)
+    assert math.prod(pools) == size
+    encoder, decoder = blocks(size, pools, depth)
+    width, pairs = widths(size, pools, 64)
+    ModelConfig(image_size=size, encoder=encoder, decoder=decoder, width=width, widths=pairs)
+    reached = [size // math.prod(pools[:i]) for i in range(len(pools) + 1)]
+    assert {block.resolution for block in parse_decoder(decoder)} == set(reached)
+
+
+@pytest.mark.parametrize("size", [0, 1, 97, 5000])
+def test_a_size_without_sensible_blocks_is_refused(size: int) -> None:
+    with pytest.raises(UserError, match=f"--size: {size} "):
+        pools_of(size)
+
+
+@pytest.mark.integration
+def test_a_folder_of_images_becomes_a_model_with_figures(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    images = project.folder / "images"
+    images.mkdir()
+    draw = np.random.default_rng(0)
+    for index in range(40):
+        shape = (*draw.integers(9, 30, 2), 3)
+        pixels = draw.integers(0, 256, shape, dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{index}.png")
+    before = (ROOT / "params.yaml").read_text()
+    words = ("recipe", "new", "mine", "--data", "images", "--size", "12")
+    printed = project.run(*CLI, *words, "--active")
+    assert "40 images, 3 channels" in printed
+    assert "dvc repro register@mine" in printed
+    after = (project.folder / "params.yaml").read_text()
+    assert after.startswith(before.replace("active: [digits]", "active: [digits, mine]").rstrip())
+    assert "mine: is there already" in project.run(*CLI, *words, code=2)
+
+    def five_steps(params: dict[str, Any]) -> None:
+        params["recipes"]["mine"]["train"] |= {
+            "steps": 5, "log_every": 5, "validate_every": 5, "checkpoint_every": 5
+        }  # fmt: skip
+        params["recipes"]["mine"]["model"] |= {"width": 12, "mixtures": 2}
+
+    project.set(five_steps)
+    planned = project.run(*CLI, "plan", "mine")
+    assert "5 steps" in planned
+    assert "s a step" in planned
+    project.repro("evaluate@mine")
+    metrics = json.loads((project.folder / "results/mine/metrics.json").read_text())
+    assert metrics["validation"]["images"] + metrics["test"]["images"] < 40
+    assert math.isfinite(metrics["test"]["bits_per_dim"])
+    planned = project.run(*CLI, "plan", "mine", "--no-probe")
+    assert [line.split()[1] for line in planned.splitlines()[-5:-2]] == ["reused"] * 3

@@ -1,0 +1,103 @@
+"""params.yaml: what is refused, in one sentence that names file, key, value and remedy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.params import load_recipe, read_params
+from vdvae.config import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def written(folder: Path, params: Any) -> Path:
+    path = folder / "params.yaml"
+    path.write_text(params if isinstance(params, str) else yaml.safe_dump(params))
+    return path
+
+
+@pytest.fixture
+def params() -> dict[str, Any]:
+    """The project's own file, to be spoilt."""
+    return yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("train", "stesp", 3, "train.stesp: unknown key (did you mean 'steps'?)"),
+        ("train", "steps", "many", "train.steps: 'many' is not a whole number"),
+        ("train", "steps", 0, "train.steps: 0 is out of bounds; it must be at least 1"),
+        ("train", "learning_rate", "2e-4", "train.learning_rate: '2e-4' is not a finite number"),
+        ("train", "precision", "fp8", "train.precision: 'fp8' is not one of 'fp32'"),
+        ("train", "validate_every", 7, "is not a multiple of train.log_every"),
+        ("data", "source", "mnist", "data.source: 'mnist' is not one of 'digits'"),
+        ("data", "channels", 4, "data.channels: 4 is not 1 or 3"),
+        ("data", "image_size", 16, "images are 16x16"),
+        ("model", "decoder", "1x1,2m1,8m2", "resolution 2 has no activation"),
+        ("model", "encoder", "8x2,4x2", "resolution 4 of '8x2,4x2' cannot be reached"),
+        ("model", "num_levels", 17, "model.num_levels: is set by recipes.digits.data.num_levels"),
+        ("evaluate", "passes", 0, "evaluate.passes: 0 is out of bounds; it must be from 1 to"),
+        ("evaluate", "iwae", -1, "evaluate.iwae: -1 is out of bounds; it must be from 0 to"),
+        ("sample", "temperature", -1, "sample.temperature: -1.0 is out of bounds"),
+        ("register", "alias", "best", "register.alias: 'best' is not one of 'champion'"),
+    ],
+)
+def test_bad_values_are_named(
+    tmp_path: Path, params: dict[str, Any], section: str, key: str, value: Any, words: str
+) -> None:
+    params["recipes"]["digits"][section][key] = value
+    path = written(tmp_path, params)
+    with pytest.raises(UserError) as caught:
+        load_recipe("digits", path)
+    assert words in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: recipes.digits")
+
+
+def test_broken_files_are_named(tmp_path: Path, params: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="not found; run this at the project's root"):
+        read_params(tmp_path / "params.yaml")
+    for text, words in (
+        ("a: [", "not readable as YAML"),
+        ("- 1", "has no section 'recipes'"),
+        ("active: [digits]\nrecipes: {digits: 3}", r"3 is not a set of sections"),
+        ("active: digits\nrecipes: {digits: {}}", "active: 'digits' is not a list of recipes"),
+        ("active: [x]\nrecipes: {digits: {}}", "active: no recipe 'x'; there are digits"),
+        ("active: [digits]\nrecipes: {digits: {}}\nextra: 1", "unknown key 'extra'"),
+        ("active: [digits]\nrecipes: {digits: {data: {}}}", r"data\.source: missing"),
+        ("active: [digits]\nrecipes: {digits: {dat: {}}}", r"digits\.dat: unknown section"),
+        ("active: [digits]\nrecipes: {digits: {data: [1]}}", "is not a section of keys"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_recipe("digits", written(tmp_path, text))
+    with pytest.raises(UserError, match="no recipe 'digit'; there are cifar10, digits"):
+        load_recipe("digit", written(tmp_path, params))
+
+
+@pytest.mark.parametrize("stage", ["shard", "train", "evaluate", "sample", "register"])
+def test_every_stage_ends_with_one_line_and_code_2(
+    tmp_path: Path, params: dict[str, Any], stage: str
+) -> None:
+    params["recipes"]["digits"]["train"]["batch_size"] = 0
+    written(tmp_path, params)
+    done = subprocess.run(
+        [sys.executable, "-m", f"pipeline.stages.{stage}", "digits"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: params.yaml: recipes.digits: train.batch_size: 0 is out of bounds; "
+        "it must be at least 1\n"
+    )
+    assert done.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]

@@ -1,0 +1,156 @@
+"""The stages `train` and `evaluate` on two ranks: one dies, one machine less goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Project
+from test_road import curves
+
+from pipeline.exits import CANCELLED
+from pipeline.process import environment_of
+
+pytestmark = pytest.mark.integration
+
+TWO = {"VDVAE_RANKS": "2"}
+
+
+def weights(project: Project) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(project.folder / "results/digits/model/model.safetensors")
+
+
+def bits(project: Project) -> list[float]:
+    with (project.folder / "results/digits/per_image.csv").open() as file:
+        return [float(row["bits_per_dim"]) for row in csv.DictReader(file)]
+
+
+def ranks_of(project: Project) -> dict[int, int]:
+    """Process ids by rank of what trains in this project."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            here = os.readlink(entry / "cwd") == str(project.folder.resolve())
+            rank = environment_of(int(entry.name)).get("RANK")
+        except OSError:
+            continue
+        if here and rank is not None:
+            found[int(rank)] = int(entry.name)
+    return found
+
+
+def forget_training(project: Project) -> None:
+    project.run("rm", "-rf", "runs", "mlruns", "results")
+
+
+def wait_for_step(child: Any, step: int) -> None:
+    for line in child.stdout:
+        if line.startswith("step ") and int(line.split()[1].partition("/")[0]) >= step:
+            return
+    raise AssertionError("it ended first")
+
+
+def test_two_ranks_are_one_and_what_a_kill_leaves_goes_on(project: Project) -> None:
+    project.set(lambda params: params["recipes"]["digits"]["train"].update(steps=60))
+    project.stage("shard", "digits")
+    project.stage("train", "digits")
+    alone = weights(project)
+    project.stage("evaluate", "digits")
+    figures = bits(project)
+    metrics = (project.folder / "results/digits/metrics.json").read_bytes()
+    (project.folder / "results/digits/metrics.json").unlink()
+    project.stage("evaluate", "digits", **TWO)
+    assert bits(project) == pytest.approx(figures, rel=1e-6)
+    counts = {split: f["images"] for split, f in json.loads(metrics).items()}
+    assert counts == {"validation": 180, "test": 360}
+
+    forget_training(project)
+    project.stage("train", "digits", **TWO)
+    undisturbed = weights(project)
+    for name, value in alone.items():
+        torch.testing.assert_close(undisturbed[name], value, rtol=1e-3, atol=1e-4)
+
+    forget_training(project)
+    command = (sys.executable, "-m", "pipeline.stages.train", "digits")
+    for victim, step in ((1, 15), (0, 35)):
+        child = project.start(*command, **TWO)
+        wait_for_step(child, step)
+        time.sleep(random.random() / 10)
+        os.kill(ranks_of(project)[victim], signal.SIGKILL)
+        killed = time.monotonic()
+        output, _ = child.communicate(timeout=60)
+        assert time.monotonic() - killed < 60
+        assert child.returncode == 128 + signal.SIGKILL, output
+        assert f"rank {victim} was killed by signal 9; run the same command again" in output
+        assert ranks_of(project) == {}
+    output = project.stage("train", "digits", **TWO)
+    assert "resuming at step" in output
+    again = weights(project)
+    assert all(torch.equal(value, again[name]) for name, value in undisturbed.items())
+    steps = curves(project)["train/bits_per_dim"]
+    assert steps == list(range(5, 61, 5))
+
+
+def test_more_ranks_than_images_score_each_once(project: Project) -> None:
+    few = {"validation": 2, "test": 3}
+    project.set(lambda params: params["recipes"]["digits"]["data"].update(few))
+    project.stage("shard", "digits")
+    project.stage("train", "digits")
+    project.stage("evaluate", "digits")
+    alone, results = bits(project), project.folder / "results/digits"
+    results.joinpath("metrics.json").unlink()
+    project.stage("evaluate", "digits", VDVAE_RANKS="4")
+    assert bits(project) == pytest.approx(alone, rel=1e-6)
+    metrics = json.loads((results / "metrics.json").read_text())
+    assert {split: found["images"] for split, found in metrics.items()} == few
+
+
+def test_it_is_cancelled_on_two_ranks_and_goes_on_with_one(project: Project) -> None:
+    project.set(lambda params: params["recipes"]["digits"]["train"].update(steps=200))
+    project.stage("shard", "digits")
+    child = project.start(sys.executable, "-m", "pipeline.stages.train", "digits", **TWO)
+    wait_for_step(child, 20)
+    child.terminate()
+    output, _ = child.communicate(timeout=60)
+    assert child.returncode == CANCELLED, output
+    assert "stopped after a checkpoint; run the same command again to go on" in output
+    assert "Traceback" not in output
+    project.set(lambda params: params["recipes"]["digits"]["train"].update(steps=40))
+    assert "resuming at step" in project.stage("train", "digits")
+    assert curves(project)["train/bits_per_dim"][-1] >= 40
+
+
+def test_torchrun_starts_the_same_stage(project: Project) -> None:
+    project.stage("shard", "digits")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    output = project.run(*torchrun, "-m", "pipeline.stages.train", "digits")
+    assert output.count("step 30/30") == 1
+    assert weights(project)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sentence"),
+    [
+        ("3", "train.batch_size: 8 cannot be divided by 3 ranks x train.accumulation 1 = 3"),
+        ("0", "VDVAE_RANKS: '0' is not a number of processes, 1 to 64"),
+        ("many", "VDVAE_RANKS: 'many' is not a number of processes"),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused(project: Project, ranks: str, sentence: str) -> None:
+    project.stage("shard", "digits")
+    output = project.stage("train", "digits", code=2, VDVAE_RANKS=ranks)
+    assert output.count("error: ") == 1
+    assert sentence in output
+    assert "Traceback" not in output
+    assert not (project.folder / "results/digits/model").exists()

@@ -1,0 +1,207 @@
+"""Reading fast and through faults: the cache of decoded shards, workers, and an S3 that fails."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_shards import CUTS, Counting, config, write
+
+from pipeline.shards import BlockCache, Manifest, ShardReader
+from pipeline.storage import FileStore
+from vdvae.config import UserError
+
+
+@pytest.fixture
+def made(tmp_path) -> tuple[Manifest, Counting]:
+    return write(tmp_path, config())
+
+
+def cache_in(folder: Path, limit_bytes: int = 2**30) -> BlockCache:
+    return BlockCache(folder=folder / "cache", limit_bytes=limit_bytes)
+
+
+def images(manifest, store, **how) -> torch.Tensor:
+    return torch.cat([x for _, x in ShardReader(manifest, store, "train", **how).scan(4)])
+
+
+def blocks(cache: BlockCache) -> list[Path]:
+    return sorted(cache.folder.glob("*.block"))
+
+
+@pytest.mark.parametrize("part", [0, 0.5, 0.8, 0.9, 0.999])  # pixels, sums, keys, the last sum
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_damaged_block_is_made_again_and_told_of(made, tmp_path, capfd, damage, part):
+    manifest, store = made
+    cache = cache_in(tmp_path)
+    expected = images(manifest, store, cache=cache)
+    path = blocks(cache)[2]
+    whole = path.read_bytes()
+    changed, place = bytearray(whole), int(part * len(whole))
+    changed[place] ^= 1
+    path.write_bytes(changed if damage == "flip" else whole[:place])
+    assert images(manifest, store, cache=cache).equal(expected)
+    assert f"{path}: is damaged" in capfd.readouterr().err
+    assert path.read_bytes() == whole
+
+
+def test_a_disk_that_keeps_nothing_right_ends_it(made, tmp_path, monkeypatch):
+    manifest, store = made
+    monkeypatch.setattr("pipeline.shards.cache.os.preadv", lambda *_: 0)
+    with pytest.raises(UserError, match=r"cache: what was just written .* set VDVAE_CACHE to"):
+        images(manifest, store, cache=cache_in(tmp_path))
+
+
+def test_room_is_made_by_age_but_never_of_what_is_in_use(made, tmp_path):
+    manifest, store = made
+    cache = cache_in(tmp_path, limit_bytes=3 * 4096)  # blocks take a page each
+    reader = ShardReader(manifest, store, "train", window_bytes=1, cache=cache)
+    stream = reader.scan(4)
+    next(stream)
+    [held] = [path for path in blocks(cache) if path.name.startswith(first(manifest).sha256)]
+    os.utime(held, (0, 0))
+    (cache.folder / "left-by-a-kill.tmp").write_bytes(bytes(4096))
+    holding = cache.open(held.stem, (4, 3, 6, 6))
+    list(stream)
+    assert len(blocks(cache)) == 3 and held in blocks(cache)
+    assert not list(cache.folder.glob("*.tmp"))
+    del holding
+    images(manifest, store, cache=cache)
+    assert sum(size for _, size, _ in cache.files()) <= cache.limit_bytes
+
+
+def first(manifest: Manifest):
+    return manifest.splits["train"].shards[0]
+
+
+def test_a_full_disk_costs_speed_alone(made, tmp_path, monkeypatch):
+    manifest, store = made
+    cache = cache_in(tmp_path)
+    expected = images(manifest, store, cache=cache_in(tmp_path / "other"))
+    monkeypatch.setattr(BlockCache, "_disk_has", lambda self, size: False)
+    assert images(manifest, store, cache=cache).equal(expected)
+    assert not blocks(cache)
+
+
+def test_a_cache_that_cannot_be_written_is_named(made):
+    manifest, store = made
+    cache = BlockCache(folder=Path("/proc/nowhere"), limit_bytes=2**30)
+    with pytest.raises(UserError, match=r"/proc/nowhere: decoded shards cannot be kept .*GIB=0"):
+        images(manifest, store, cache=cache)
+
+
+@pytest.mark.parametrize(("name", "value"), [("VDVAE_CACHE_GIB", "x"), ("VDVAE_CACHE_GIB", "-1")])
+def test_a_bad_setting_is_named(made, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{name}: '{value}' is not a number from 0 to"):
+        ShardReader(*made, "train")
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from pipeline.shards import BlockCache, Manifest, ShardReader
+from pipeline.storage import FileStore
+folder = Path(sys.argv[1])
+cache = BlockCache(folder=folder / "cache", limit_bytes=2**30)
+manifest, store = Manifest.load(folder / "m" / "r.json"), FileStore(folder / "store")
+reader = ShardReader(manifest, store, "train", cache=cache, workers=1)
+print("begins", flush=True)
+sys.stdin.readline()
+print(sum(int(x.sum()) for _, x in reader.scan(4)), flush=True)
+"""
+
+
+def test_processes_and_workers_share_one_cache(tmp_path):
+    manifest, store = write(tmp_path, config(), {"train": 400, "validation": 5, "test": 4})
+    expected = int(images(manifest, store, cache=cache_in(tmp_path / "other")).sum())
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        for _ in range(2)
+    ]
+    for child in children:
+        assert child.stdout.readline() == "begins\n"
+    found = [child.communicate("\n", timeout=60)[0] for child in children]
+    assert found == [f"{expected}\n"] * 2
+    assert len(blocks(cache_in(tmp_path))) == 100
+    assert not list(cache_in(tmp_path).folder.glob("*.tmp"))
+
+
+def decoders() -> set[int]:
+    """Processes that decode for this one."""
+    command = ["pgrep", "-P", str(os.getpid()), "-f", "shards.workers import serve"]
+    return set(map(int, subprocess.run(command, capture_output=True, text=True).stdout.split()))
+
+
+def test_workers_raise_what_went_wrong_and_end_with_the_pass(made, tmp_path):
+    manifest, counting = made
+    store = FileStore(counting.folder)
+    (store.folder / manifest.splits["train"].shards[4].key).unlink()
+    reader = ShardReader(manifest, store, "train", cache=cache_in(tmp_path), workers=2)
+    with pytest.raises(UserError, match=r"shard r-train-000004.tar: not found at"):
+        list(reader.scan(4))
+    assert not decoders()
+
+    write(tmp_path, config())
+    threads = threading.active_count()
+    reader = ShardReader(manifest, store, "train", cache=cache_in(tmp_path / "other"), workers=2)
+    stream = reader.batches(4, seed=0)
+    next(stream)
+    assert len(decoders()) == 2
+    began = time.monotonic()
+    stream.close()
+    assert not decoders() and time.monotonic() - began < 2
+    assert threading.active_count() <= threads
+
+    reader = ShardReader(manifest, store, "train", cache=cache_in(tmp_path / "third"), workers=1)
+    stream = reader.batches(4, seed=0, start=0)
+    killer = threading.Thread(target=kill_the_first_decoder)
+    killer.start()
+    with pytest.raises(UserError, match=r"the process that was decoding it ended with -9"):
+        list(itertools.islice(stream, 10))
+    killer.join()
+
+
+def kill_the_first_decoder() -> None:
+    while not (found := decoders()):
+        time.sleep(0.01)
+    os.kill(found.pop(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_stopped_anywhere_and_gone_on_with_on_other_ranks_and_workers(made, tmp_path, number):
+    """Every image of the epoch once; benchmarks/reading.py does this 30 times."""
+    manifest, counting = made
+    store, choose = FileStore(counting.folder), random.Random(number)
+    cache = cache_in(tmp_path, [0, 3 * 4096, 2**30][number])
+    n, batch_size = CUTS["train"], 6
+    names = [image.numpy().tobytes() for image in images(manifest, store, cache=cache)]
+    seen: list[int] = []
+    while len(seen) < 4 * n:
+        ranks, workers = choose.choice([1, 2, 3]), choose.choice([0, 2]) if number == 2 else 0
+        streams = [
+            ShardReader(
+                manifest, store, "train", window_bytes=2000, cache=cache, workers=workers
+            ).batches(batch_size, 7, len(seen), rank, ranks)
+            for rank in range(ranks)
+        ]
+        for batch in itertools.islice(zip(*streams, strict=True), choose.randint(1, 6)):
+            seen += [names.index(image.numpy().tobytes()) for image in torch.cat(batch)]
+    for epoch in range(4):
+        assert sorted(seen[epoch * n : (epoch + 1) * n]) == list(range(n))

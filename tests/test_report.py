@@ -1,0 +1,270 @@
+"""The page about all results: true to the files, safe with hostile ones, and right in a browser."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from chromium import chromium
+from conftest import Project, narrow
+from playwright.sync_api import Browser
+
+from pipeline import tracking
+from pipeline.cli import main
+from pipeline.params import Places
+from pipeline.report.charts import Chart, Line
+from pipeline.report.table2 import TABLE_2, data_set_of, why_not_comparable
+from pipeline.services.definitions import free_ports
+from pipeline.shards import Manifest, Split
+
+SCRIPT = "<script>alert(1)</script>"
+PICTURE = "<img src=x onerror=alert(1)>"
+
+Report = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose digits went through all stages."""
+    project = Project(tmp_path_factory.mktemp("report") / "project")
+    project.set(narrow)
+    stages = ("shard", "train", "evaluate", "sample", "register")
+    lines = [f"from pipeline.stages.{name} import {name}; {name}('digits')" for name in stages]
+    project.run(sys.executable, "-c", "\n".join(lines))
+    return project.folder
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to change, as the current folder."""
+    shutil.copytree(trained, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    for setting in ("VDVAE_STORE", "VDVAE_RUNS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(setting, raising=False)
+    return tmp_path / "project"
+
+
+@pytest.fixture
+def report(folder: Path, capsys: pytest.CaptureFixture[str]) -> Report:
+    """Runs the command; gives the page, and its notes where a list for them is given."""
+
+    def run(*words: str, notes: list[str] | None = None) -> str:
+        main(["report", *words])
+        told = capsys.readouterr().err.splitlines()
+        assert all(line.startswith("note: ") for line in told)
+        if notes is None:
+            assert told == []
+        else:
+            notes += told
+        return (folder / "results/report.html").read_text(encoding="utf-8")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as made:
+        yield made
+
+
+def read(path: str) -> Any:
+    return json.loads(Path(path).read_text())
+
+
+def write(path: str, change: Callable[[Any], object]) -> None:
+    value = read(path)
+    change(value)
+    Path(path).write_text(json.dumps(value))
+
+
+def test_the_page_says_what_the_files_say(report: Report, folder: Path) -> None:
+    page = html.unescape(report())
+    for figures in read("results/digits/metrics.json").values():
+        assert f"{figures['bits_per_dim']:.4f} ± {figures['bits_per_dim_se']:.4f}" in page
+        assert f"rate {figures['rate_bits_per_dim']:.4f}" in page
+        assert f"distortion {figures['distortion_bits_per_dim']:.4f}" in page
+    conditions = read("results/digits/conditions.json")
+    for fact in ("weights_sha256", "manifest_digest", "git_revision", "likelihood"):
+        assert conditions[fact] in page
+    registered = read("results/digits/registered.json")
+    assert f"{registered['name']} version 1, alias champion" in page
+    assert registered["mlflow_run_id"] in page
+
+    # Five recipes of the paper, none of which was run here, have exactly its parameters.
+    assert page.count(">not run<") == 5
+    for exact in ("39,145,700", "119,280,868", "125,005,860", "114,874,852", "109,366,904"):
+        assert f">{exact}<" in page
+    for data in TABLE_2:
+        assert f">{data.rows[-1].bits_per_dim}<" in page
+
+    assert not re.search(r"(src|href|action|data)=[\"']?(?!data:|#)\w*[:/]", page)
+    assert "<script" not in page
+    assert str(folder.parent) not in page
+
+
+def test_it_is_logged_to_the_finished_run(report: Report) -> None:
+    page = report("--no-model")
+    places = Places.from_env()
+    client = tracking.connect(places.tracking_uri)
+    run_id = read("results/digits/registered.json")["mlflow_run_id"]
+    logged = client.download_artifacts(run_id, "report.html")
+    assert Path(logged).read_text(encoding="utf-8") == page
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_without_mlflow_the_page_is_written_and_one_line_says_so(
+    report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (port,) = free_ports(1)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    notes: list[str] = []
+    page = report("--no-model", notes=notes)
+    assert page.rstrip().endswith("</html>")
+    assert len(notes) == 1
+    assert "the page is not logged: MLflow at" in notes[0]
+
+
+def test_what_is_missing_or_out_of_date_is_said(report: Report) -> None:
+    def other_weights(conditions: dict[str, Any]) -> None:
+        conditions["weights_sha256"] = "0" * 64
+
+    write("results/digits/conditions.json", other_weights)
+    shutil.rmtree("store")
+    shutil.rmtree("cache", ignore_errors=True)  # what other tests have read from it
+    notes: list[str] = []
+    page = report(notes=notes)
+    assert "Out of date: the figures are not of the model that lies here now" in page
+    assert page.count("Temperature ") == 2 * 3  # titles and text alternatives
+    assert "Rate by layer: not here" in page
+    assert len(notes) == 1
+    assert "not all could be drawn" in notes[0] and "dvc repro -f -s shard@digits" in notes[0]
+
+    for name in ("model", "curves.csv", "samples.png", "reconstructions.png", "registered.json"):
+        path = Path("results/digits") / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = report()
+    assert "dvc repro train@digits" in page
+    assert "dvc repro sample@digits" in page
+    assert "<img" not in page
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"test": {"bits_per_dim": "1.8"}}'])
+def test_damaged_figures_are_one_sentence(
+    folder: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    Path("results/digits/metrics.json").write_text(damage)
+    with pytest.raises(SystemExit) as ended:
+        main(["report"])
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: results/digits/metrics.json: ")
+    assert printed.count("\n") == 1
+
+
+def test_no_results_at_all_are_one_sentence(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree("results")
+    with pytest.raises(SystemExit) as ended:
+        main(["report"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: results: no recipe has any yet; run 'dvc repro'\n"
+    assert not Path("results").exists()
+
+
+def test_text_from_files_stays_text(report: Report, browser: Browser, folder: Path) -> None:
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["recipes"][PICTURE] = params["recipes"]["digits"]
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    shutil.copytree("results/digits", f"results/{PICTURE}")
+    write("data/manifests/digits.json", lambda facts: facts["source"].update(terms=SCRIPT))
+    write("results/digits/registered.json", lambda facts: facts.update(name=PICTURE))
+    page = report("--no-model", notes=[])
+    assert SCRIPT not in page and PICTURE not in page
+
+    tab = browser.new_page()
+    tab.on("dialog", lambda dialog: pytest.fail(dialog.message))
+    tab.goto((folder / "results/report.html").as_uri())
+    assert tab.locator("script, img[src=x]").count() == 0
+    assert tab.get_by_role("heading", name=PICTURE).is_visible()
+    assert tab.get_by_text(SCRIPT).is_visible()
+    tab.close()
+
+
+def test_it_looks_right_on_screens_large_and_small_light_and_dark(
+    report: Report, browser: Browser, folder: Path
+) -> None:
+    report()
+    pages = []
+    for scheme in ("light", "dark"):
+        for width in (375, 1280):
+            tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            asked: list[str] = []
+            told: list[str] = []
+            tab.on("request", lambda request, asked=asked: asked.append(request.url))
+            tab.on("console", lambda message, told=told: told.append(message.text))
+            address = (folder / "results/report.html").as_uri()
+            tab.goto(address)
+            tab.locator("summary").click()
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            sizes = tab.evaluate("[...document.images].map(image => image.naturalWidth)")
+            assert len(sizes) == 4 and min(sizes) > 0
+            assert tab.locator("img:not([alt]), svg.chart:not([aria-label])").count() == 0
+            assert tab.locator("svg.chart").count() == 7
+            assert [url for url in asked if not url.startswith("data:")] == [address]
+            assert told == []
+            pages.append(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+            tab.close()
+    assert pages[0] == pages[1] != pages[2] == pages[3]
+
+
+def test_only_like_is_compared_with_the_paper(trained: Path) -> None:
+    digits = Manifest.load(trained / "data/manifests/digits.json")
+
+    def reason(source: str, size: int, levels: int, images: int, likelihood: str) -> str:
+        data = data_set_of(source, size)
+        assert data is not None
+        test = Split(images=images, shards=())
+        facts = {**vars(digits), "num_levels": levels, "splits": {"test": test}}
+        return why_not_comparable(data, Manifest(**facts), likelihood)
+
+    assert data_set_of("digits", 8) is None
+    assert data_set_of("folder", 32) is None  # CIFAR-10's size is not CIFAR-10
+    assert reason("cifar10", 32, 256, 10_000, "normalised") == ""
+    assert "9,984 test images" in reason("cifar10", 32, 256, 9_984, "normalised")
+    assert "50,000 test images" in reason("imagenet", 32, 256, 50_000, "published")
+    assert reason("ffhq", 256, 32, 7_000, "published_5bit") == ""
+    assert "do not sum to 1" in reason("ffhq", 256, 32, 7_000, "normalised")
+    assert "256 levels" in reason("ffhq", 256, 256, 7_000, "published")
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_charts_keep_every_finite_point_in_the_frame(log: bool) -> None:
+    values = [10.0 ** (step % 7) for step in range(1000)]
+    values[3], values[4], values[5] = math.inf, math.nan, 1e15
+    line = Line(name="a < b", points=list(enumerate(values)), thin=max)
+    chart = Chart(title="T", y_label="y", lines=[line], log=log, levels=[("limit", 400.0)])
+    root = ElementTree.fromstring(chart.svg())
+    points = [
+        tuple(map(float, pair.split(",")))
+        for pair in root.findall(".//polyline")[0].attrib["points"].split()
+    ]
+    frame = root.find("svg")
+    assert frame is not None
+    wide, tall = float(frame.attrib["width"]), float(frame.attrib["height"])
+    assert len(points) <= 400
+    assert all(0 <= x <= wide and 0 <= y <= tall for x, y in points)
+    assert points[-1][0] == wide
+    assert min(y for _, y in points) == pytest.approx(points[1][1])  # the highest is not thinned
+    assert root.attrib["aria-label"] == "T: a < b ends at 100k."
+    assert Chart(title="T", y_label="y", lines=[Line(name="none", points=[])]).svg() == ""

@@ -1,0 +1,229 @@
+"""The services for real: Prefect, MLflow and a worker on free ports, started, used and stopped."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, Project
+from services_project import Services
+
+pytestmark = pytest.mark.integration
+
+RECIPES = {"digits", "cifar10", "imagenet32", "imagenet64", "ffhq256", "ffhq1024", "folder"}
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    made = Services(tmp_path_factory.mktemp("services") / "project")
+    made.services("start")
+    yield made
+    made.services("stop")
+    assert made.marked() == []
+
+
+def test_every_recipe_is_deployed_and_a_second_start_changes_nothing(services: Services) -> None:
+    status, deployments = services.api("/deployments/filter", {})
+    assert status == 200
+    assert {each["name"] for each in deployments} == RECIPES | {"evaluate-champion-digits"}
+    before = sorted(services.marked())
+    output = services.services("start")
+    assert f"127.0.0.1:{services.prefect_port}" in output
+    assert sorted(services.marked()) == before
+    with urllib.request.urlopen(f"http://127.0.0.1:{services.mlflow_port}/health") as answer:
+        assert answer.status == 200
+
+
+def test_the_nightly_check_is_on_the_schedule(services: Services) -> None:
+    body = {"deployments": {"name": {"any_": ["evaluate-champion-digits"]}}}
+    deadline = time.monotonic() + 90
+    while not (runs := services.api("/flow_runs/filter", body)[1]):
+        assert time.monotonic() < deadline, "Prefect's scheduler has made no run of it"
+        time.sleep(1)
+    assert {run["state"]["type"] for run in runs} == {"SCHEDULED"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("preset", "tiny"), ("preset", 1), ("data", "/etc"), ("data", "http://x/y"),
+        ("data", "s3://user:secret@bucket/x"), ("data", 3), ("steps", -1), ("steps", "many"),
+        ("steps", 10**9), ("batch_size", -1), ("batch_size", 10**6), ("learning_rate", -0.1),
+        ("learning_rate", 5), ("learning_rate", "fast"), ("seed", -1), ("seed", 2**31),
+        ("precision", "fp8"), ("gpus", 9), ("evaluate", "perhaps"), ("note", "x" * 100_000),
+    ],
+)  # fmt: skip
+def test_bad_form_values_are_refused_by_name(services: Services, field: str, value: Any) -> None:
+    status, answer = services.begin("digits", **{field: value})
+    assert status in (409, 422), answer
+    assert field in json.dumps(answer)
+
+
+def test_a_run_from_the_form_arrives_as_an_experiment_and_a_version(services: Services) -> None:
+    status, run = services.begin("digits", preset="smoke", seed=11, note="from a test")
+    assert status in (200, 201), run
+    state = services.wait(run["id"], {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}, 150)
+    assert state == "COMPLETED", services.logs(run["id"])
+    keys = {
+        artifact["key"]
+        for artifact in services.api(
+            "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}}
+        )[1]
+    }
+    assert any("sample" in str(key) for key in keys), keys
+    shown = services.run(sys.executable, "-m", "dvc", "exp", "show", "--csv")
+    assert "seed11" in shown
+    assert services.run("git", "status", "--porcelain") == ""
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"http://127.0.0.1:{services.mlflow_port}")
+    (version,) = client.search_model_versions("name = 'vdvae-digits'")
+    assert client.get_run(version.run_id).info.status == "FINISHED"
+
+
+def test_cancelled_in_the_ui_it_leaves_nothing_and_goes_on_when_started_again(
+    services: Services,
+) -> None:
+    def begin() -> str:
+        status, run = services.begin("digits", preset="smoke", seed=12, steps=4000)
+        assert status in (200, 201), run
+        return str(run["id"])
+
+    first = begin()
+    services.wait(first, {"RUNNING"}, 60)
+    deadline = time.monotonic() + 90
+    while "bits/dim" not in services.logs(first):
+        assert time.monotonic() < deadline, services.logs(first)
+        time.sleep(0.5)
+    asked = time.monotonic()
+    services.api(f"/flow_runs/{first}/set_state", {"state": {"type": "CANCELLING"}})
+    # A page stays at the first end that it hears of, and an automation may have acted on it.
+    ended = services.wait(first, {"CANCELLED", "CRASHED", "FAILED", "COMPLETED"}, 40)
+    assert ended == "CANCELLED"
+    assert "Crash" not in services.logs(first)
+    while services.marked("pipeline.stages"):
+        assert time.monotonic() - asked < 15
+        time.sleep(0.2)
+    second = begin()
+    deadline = time.monotonic() + 120
+    while "resuming at step" not in services.logs(second):
+        assert time.monotonic() < deadline, services.logs(second)
+        time.sleep(0.5)
+    services.api(f"/flow_runs/{second}/set_state", {"state": {"type": "CANCELLING"}})
+    services.wait(second, {"CANCELLED"}, 40)
+
+
+def test_the_example_of_an_automation_is_accepted(services: Services) -> None:
+    example = yaml.safe_load((ROOT / "docs/automation-failed-run.yaml").read_text())
+    status, made = services.api("/automations/", example)
+    assert status == 201, made
+    _, found = services.api(f"/automations/{made['id']}")
+    assert set(found["trigger"]["expect"]) == {
+        "prefect.flow-run.Failed",
+        "prefect.flow-run.Crashed",
+    }
+    assert found["actions"][0]["subject"] == example["actions"][0]["subject"]
+
+
+def test_what_cannot_start_is_named(services: Services, tmp_path: Path) -> None:
+    other = Project(tmp_path / "project")
+    (other.folder / "prefect.yaml").write_bytes((ROOT / "prefect.yaml").read_bytes())
+    words = (sys.executable, "-m", "pipeline.services", "start")
+    output = other.run(*words, code=2, VDVAE_PREFECT_PORT=str(services.prefect_port))
+    assert output.startswith("error: ")
+    assert str(services.prefect_port) in output
+    output = other.run(*words, code=2, VDVAE_HOST="0.0.0.0")
+    assert "VDVAE_AUTH" in output
+    output = other.run(*words, code=2, VDVAE_ORIGIN="https://me:hunter2@example.org/x.git")
+    assert "VDVAE_ORIGIN" in output
+    assert "hunter2" not in output
+    assert not list((other.folder / "services").rglob("*.db"))  # nothing was begun
+
+
+def test_a_killed_supervisor_is_replaced_and_nothing_is_lost(services: Services) -> None:
+    (supervisor,) = services.marked("supervise")
+    os.kill(supervisor, signal.SIGKILL)
+    services.services("start")
+    assert supervisor not in services.marked()
+    assert len(services.api("/deployments/filter", {})[1]) == len(RECIPES) + 1
+
+
+PASSWORD = "correct-horse-battery"
+
+
+@pytest.fixture(scope="module")
+def team(services: Services) -> tuple[Services, str]:
+    """The services as a team has them: reached from elsewhere, with a password, of a remote.
+
+    And what their start has printed.
+    """
+    services.services("stop")
+    bare = services.folder.with_name("bare.git")
+    services.run("git", "clone", "-q", "--bare", str(services.folder), str(bare))
+    services.run("git", "remote", "add", "origin", str(bare))
+    services.environment |= {
+        "VDVAE_HOST": "0.0.0.0",
+        "VDVAE_AUTH": f"engineer:{PASSWORD}",
+        "VDVAE_ORIGIN": str(bare),
+    }
+    services.auth = f"engineer:{PASSWORD}"
+    return services, services.services("start")
+
+
+def bytes_of(path: Path) -> bytes:
+    """Of a file; of a run's clone that is being removed, what there still is."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def test_a_password_is_asked_for_and_written_nowhere(team: tuple[Services, str]) -> None:
+    services, shown = team
+    for auth in ("", f"engineer:{PASSWORD}x"):
+        services.auth = auth
+        assert services.api("/deployments/filter", {})[0] == 401
+    services.auth = f"engineer:{PASSWORD}"
+
+    status, run = services.begin("digits", preset="smoke", seed=13, steps=4)
+    assert status in (200, 201), run
+    services.wait(run["id"], {"RUNNING"}, 60)
+    commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in services.marked()]
+    assert len(commands) > 4
+    state = services.wait(run["id"], {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}, 150)
+    assert state == "COMPLETED", services.logs(run["id"])
+
+    # While a run lives, Prefect keeps its environment in a file that we alone may read.
+    deadline = time.monotonic() + 20
+    while list(services.folder.glob("services/tmp/prefect-workspace-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    shown += services.services("status") + services.logs(run["id"]) + repr(commands)
+    places = [services.folder / name for name in ("services", "mlruns", "runs", ".git", ".dvc")]
+    written = [path for place in places for path in place.rglob("*") if path.is_file()]
+    assert any(path.parent.name == "logs" for path in written)
+    for secret in (PASSWORD, base64.b64encode(services.auth.encode()).decode()):
+        assert secret not in shown
+        assert [path for path in written if secret.encode() in bytes_of(path)] == []
+
+
+def test_a_run_of_a_remote_arrives_there_and_is_pulled(team: tuple[Services, str]) -> None:
+    services, _ = team
+    dvc = (sys.executable, "-m", "dvc", "exp")
+    (name,) = services.run(*dvc, "list", "--name-only", "origin").split()
+    assert name.startswith("digits-smoke-seed13-")
+    assert name not in services.run(*dvc, "list", "--name-only")
+    services.run(*dvc, "pull", "origin", name)
+    services.run(*dvc, "apply", name)
+    assert (services.folder / "results/digits/samples.png").exists()

@@ -1,0 +1,737 @@
+"""Sources: the documented splits and order, and a sentence for everything that can be wrong."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import re
+import struct
+import tarfile
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import sources, storage
+from pipeline.params import DataConfig
+from pipeline.shards import write_shards
+from pipeline.sources import cifar10, ffhq, imagenet, imagenet_npz, open_source
+from pipeline.sources.decode import decode
+from vdvae.config import UserError
+
+
+def config(source: str, path: object = "", **changes) -> DataConfig:
+    return DataConfig(**{"source": source, "path": str(path), "image_size": 8, **changes})
+
+
+class Loaded(NamedTuple):
+    key: str
+    split: str
+    image_HWC: np.ndarray
+
+
+def read(data: DataConfig):
+    """Every image of a source, loaded by a pickled copy of it, as in a worker."""
+    source = open_source("r", data)
+    items = list(source.items(map))
+    keys = [item.key for item in items]
+    assert len(set(keys)) == len(keys)
+    far_source, places = pickle.loads(pickle.dumps((source, [item.at for item in items])))
+    converted: Counter[str] = Counter()
+    loaded = far_source.load(places, converted)
+    images = [
+        Loaded(item.key, item.split, image) for item, image in zip(items, loaded, strict=True)
+    ]
+    return images, source.notes | ({"converted": dict(converted)} if converted else {})
+
+
+def parts(images) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for one in images:
+        found[one.split].append(one.key)
+    return found
+
+
+def refused(data: DataConfig, words: str) -> str:
+    with pytest.raises(UserError, match=words) as caught:
+        read(data)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# digits
+
+
+def digits(**changes) -> DataConfig:
+    values = {"channels": 1, "num_levels": 17, "validation": 180, "test": 360, **changes}
+    return config("digits", **values)
+
+
+def test_digits_are_scikit_learns_in_the_documented_splits():
+    from sklearn.datasets import load_digits
+
+    images, _ = read(digits())
+    order = np.random.RandomState(0).permutation(1797)
+    assert [one.key for one in images] == [f"digits-{index:05d}" for index in order]
+    assert {name: len(keys) for name, keys in parts(images).items()} == {
+        "train": 1257,
+        "validation": 180,
+        "test": 360,
+    }
+    assert [one.split for one in images] == ["test"] * 360 + ["validation"] * 180 + ["train"] * 1257
+    levels = load_digits().images[order]
+    stored = np.stack([one.image_HWC[:, :, 0] for one in images])
+    np.testing.assert_array_equal(stored, np.floor(levels * 255 / 16 + 0.5))
+    assert parts(read(digits(split_seed=1))[0])["test"] != parts(images)["test"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_size": 16}, r"recipes.r.data.image_size: 16 does not suit .* set it to 8"),
+        ({"channels": 3}, r"recipes.r.data.channels: 3 does not suit"),
+        ({"resize": "crop"}, r"recipes.r.data.resize: 'crop' does not suit"),
+        ({"test": 0.1}, r"recipes.r.data.test: 0.1 is not a number of images from 1 to 1796"),
+        ({"validation": 1437}, r"recipes.r.data.validation: 1437 is not .* from 1 to 1436"),
+    ],
+)
+def test_digits_refuses_other_settings(changes, words):
+    refused(digits(**changes), words)
+
+
+# cifar10
+
+
+@pytest.fixture
+def small_cifar10(monkeypatch):
+    """The official layout with 8 images a file instead of 10,000."""
+    monkeypatch.setattr(cifar10, "FILE_IMAGES", 8)
+
+
+def archive(path: Path, images: int = 8, **files: bytes | None) -> Path:
+    """An archive in the official layout; `files` replaces members by base name, None leaves out."""
+    with tarfile.open(path, "w:gz") as tar:
+        for number, name in enumerate((*cifar10.TRAIN_FILES, cifar10.TEST_FILE)):
+            random = np.random.RandomState(number)
+            records = random.randint(0, 256, (images, cifar10.RECORD)).astype(np.uint8)
+            records[:, 0] %= 10
+            data = files.get(name.removesuffix(".bin"), records.tobytes())
+            if data is not None:
+                member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def cifar(path: Path, **changes) -> DataConfig:
+    return config("cifar10", path, **{"image_size": 32, "validation": 10, **changes})
+
+
+def test_cifar10_whole_archive_has_the_published_split(tmp_path, small_cifar10, monkeypatch):
+    path = archive(tmp_path / "c.tar.gz")
+    monkeypatch.setattr(cifar10, "MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    images, notes = read(cifar(path, split_seed=11172018))
+    order = [f"cifar10-train-{n:05d}" for n in np.random.RandomState(11172018).permutation(40)]
+    assert parts(images) == {
+        "validation": order[:10],
+        "train": order[10:],
+        "test": [f"cifar10-test-{n:05d}" for n in range(8)],
+    }
+    assert notes == {"md5": cifar10.MD5}
+    planes = np.random.RandomState(1).randint(0, 256, (8, 3073)).astype(np.uint8)[3, 1:]
+    (image,) = [one.image_HWC for one in images if one.key == "cifar10-train-00011"]
+    np.testing.assert_array_equal(image.transpose(2, 0, 1).ravel(), planes)
+
+
+def test_cifar10_of_the_official_size_must_have_the_official_md5(tmp_path, small_cifar10):
+    path = archive(tmp_path / "c.tar.gz")
+    found = hashlib.md5(path.read_bytes()).hexdigest()
+    sentence = refused(cifar(path), f"c.tar.gz: has md5 {found} where the official archive has")
+    assert cifar10.MD5 in sentence and cifar10.URL in sentence
+
+
+def test_cifar10_in_part_is_taken_for_what_it_holds(tmp_path, small_cifar10):
+    images, notes = read(cifar(archive(tmp_path / "c.tar.gz", images=4)))
+    assert {name: len(keys) for name, keys in parts(images).items()} == {
+        "validation": 5,
+        "train": 15,
+        "test": 4,
+    }
+    assert "20 + 4 images instead of 40 + 8" in notes["archive"]
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"data_batch_3": None}, "has no data_batch_3.bin"),
+        ({"test_batch": bytes(3073 + 1)}, "holds test_batch.bin with 3074 bytes"),
+        ({"test_batch": b""}, "holds test_batch.bin with 0 bytes"),
+        ({"test_batch": bytes(9 * 3073)}, "holds test_batch.bin with 27657 bytes"),
+        ({"test_batch": b"\x0a" * 3073}, "labels above 9"),
+    ],
+)
+def test_cifar10_refuses_other_archives(tmp_path, small_cifar10, files, words):
+    sentence = refused(cifar(archive(tmp_path / "c.tar.gz", **files)), rf"c.tar.gz: .*{words}")
+    assert cifar10.MD5 in sentence
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-2000],
+        lambda data: data[:-6] + bytes(6),
+        lambda data: b"no archive",
+        lambda data: gzip.compress(b"no tar" * 1000),
+        lambda data: b"",
+    ],
+)
+def test_cifar10_refuses_a_damaged_archive(tmp_path, small_cifar10, damage):
+    path = archive(tmp_path / "c.tar.gz", images=4)
+    path.write_bytes(damage(path.read_bytes()))
+    refused(cifar(path), r"c.tar.gz: cannot be read as a gzipped tar")
+
+
+def test_cifar10_says_where_to_get_it(tmp_path):
+    for path in ("", tmp_path / "none.tar.gz", tmp_path):
+        sentence = refused(cifar(path), r"recipes.r.data.path: there is no file")
+        assert cifar10.URL in sentence and cifar10.MD5 in sentence
+
+
+# folder
+
+
+def picture(size=(8, 8), mode: str = "RGB", seed: int = 0) -> Image.Image:
+    pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def png(**options) -> bytes:
+    out = io.BytesIO()
+    picture(**options).save(out, "PNG")
+    return out.getvalue()
+
+
+def folder(path: Path, **changes) -> DataConfig:
+    return config("folder", path, **changes)
+
+
+def test_folder_reads_everything_below_it_in_order(tmp_path):
+    paths = ["b/Ünïcode name.PNG", "a/z.png", "a.png", "B.jpeg", "a/.hidden.png", ".git/x.png"]
+    for seed, name in enumerate(paths):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(seed=seed).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("text")
+    images, notes = read(folder(tmp_path))
+    stems = [one.key[:-17] for one in images]
+    assert stems == ["b", "a", "z", "n-code-name"]
+    assert all(one.key.replace("-", "").isalnum() for one in images)
+    assert notes == {"skipped": {".txt": 1, "hidden": 2}}
+    np.testing.assert_array_equal(images[1].image_HWC, np.asarray(picture(seed=2)))
+
+
+def test_folder_follows_no_links_and_waits_for_no_pipes(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    picture().save(outside / "secret.png")
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "link.png").symlink_to(outside / "secret.png")
+    (inside / "folder").symlink_to(outside)
+    (inside / "loop").symlink_to(inside)
+    os.mkfifo(inside / "pipe.png")
+    refused(folder(inside), r"inside: has no images .* 4 other files or links")
+    picture(seed=1).save(inside / "own.png")
+    images, notes = read(folder(inside))
+    assert len(images) == 1 and notes == {"skipped": {".png": 1, "link": 3}}
+
+
+def test_folder_splits_by_stored_pixels(tmp_path):
+    for seed in range(200):
+        picture(seed=seed).save(tmp_path / f"{seed:03}.png")
+    picture(seed=7).save(tmp_path / "copy.bmp")
+    near = np.asarray(picture(seed=9)) ^ 1  # the same on 32 levels
+    Image.fromarray(near).save(tmp_path / "near.png")
+    images, _ = read(folder(tmp_path, num_levels=32, validation=0.2, test=0.3))
+    split = {one.key[:-17]: one.split for one in images}
+    assert split["copy"] == split["007"] and split["near"] == split["009"]
+    sizes = {name: len(keys) / 202 for name, keys in parts(images).items()}
+    assert sizes == pytest.approx({"train": 0.5, "validation": 0.2, "test": 0.3}, abs=0.1)
+    (tmp_path / "000.png").unlink()
+    fewer, _ = read(folder(tmp_path, num_levels=32, validation=0.2, test=0.3))
+    assert {(one.key, one.split) for one in fewer} < {(one.key, one.split) for one in images}
+    other, _ = read(folder(tmp_path, num_levels=32, validation=0.2, test=0.3, split_seed=1))
+    assert parts(other) != parts(fewer)
+
+
+@pytest.mark.parametrize(
+    ("make", "channels", "expected", "note"),
+    [
+        (lambda p: picture().convert("L").save(p), 3, picture().convert("L"), "L to RGB"),
+        (lambda p: picture().save(p), 1, picture().convert("L"), "RGB to L"),
+        (lambda p: picture().convert("P").save(p), 3, picture().convert("P"), "P to RGB"),
+        (lambda p: picture().convert("1").save(p), 1, picture().convert("1"), "1 to L"),
+        (lambda p: Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(p), 3,
+         Image.new("RGB", (8, 8), "white"), "RGBA laid on white"),
+        (lambda p: Image.new("LA", (8, 8), (100, 255)).save(p), 1,
+         Image.new("L", (8, 8), 100), "LA laid on white"),
+        (lambda p: Image.new("RGB", (8, 8), (9, 9, 9)).save(p, transparency=(9, 9, 9)), 3,
+         Image.new("RGB", (8, 8), "white"), "RGB laid on white"),
+    ],
+)  # fmt: skip
+def test_folder_converts_and_counts(tmp_path, make, channels, expected, note):
+    make(tmp_path / "a.png")
+    images, notes = read(folder(tmp_path, channels=channels))
+    wanted = np.asarray(expected.convert({1: "L", 3: "RGB"}[channels])).reshape(8, 8, channels)
+    np.testing.assert_array_equal(images[0].image_HWC, wanted)
+    assert notes == {"converted": {note: 1}}
+
+
+def test_folder_converts_cmyk_and_turns_upright(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "red.jpg", quality=100)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    half = Image.new("L", (8, 8), 0)
+    half.paste(255, (0, 0, 4, 8))
+    half.save(tmp_path / "turned.png", exif=exif)
+    images, notes = read(folder(tmp_path))
+    red, turned = (one.image_HWC.astype(int) for one in images)
+    assert np.abs(red - [255, 0, 0]).max() < 5
+    assert turned[:4].min() == 255 and turned[4:].max() == 0
+    assert notes["converted"] == {"CMYK to RGB": 1, "L to RGB": 1, "turned upright": 1}
+
+
+def test_folder_resizes_by_its_rule(tmp_path):
+    wide = Image.new("RGB", (32, 16), "black")
+    wide.paste((255, 255, 255), (8, 0, 24, 16))
+    wide.save(tmp_path / "wide.png")
+    refused(
+        folder(tmp_path), r"wide.png: is 32x16, not 8x8; set .*recipes.r.data.resize to crop or"
+    )
+    crop, _ = read(folder(tmp_path, resize="crop"))
+    assert crop[0].image_HWC.min() > 200
+    stretch, _ = read(folder(tmp_path, resize="stretch"))
+    assert stretch[0].image_HWC[:, 0].max() < 60
+    _, notes = read(folder(tmp_path, resize="crop", image_size=64))
+    assert notes == {"converted": {"enlarged": 1}}
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    check = zlib.crc32(name + data).to_bytes(4, "big")
+    return len(data).to_bytes(4, "big") + name + data + check
+
+
+def png_of(width: int, height: int, depth: int, kind: int) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(bytes(10_000)))
+    return b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b"")
+
+
+def animation() -> bytes:
+    out = io.BytesIO()
+    picture().save(out, "PNG", save_all=True, append_images=[picture(seed=1)])
+    return out.getvalue()
+
+
+def flipped(data: bytes) -> bytes:
+    changed = bytearray(data)
+    changed[len(data) // 2] ^= 1
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.png", b"", "is no image in PNG, JPEG, WEBP, BMP, or is damaged"),
+        ("a.jpg", b"text", "is no image"),
+        ("a.png", b"GIF89a" + bytes(100), "is no image"),
+        ("a.png", png()[:-40], "cannot be decoded"),
+        ("a.png", png()[:40], "or is damaged"),
+        ("a.png", flipped(png()), "cannot be decoded"),
+        ("a.png", png_of(20_000, 20_000, 8, 2), "more than 89 million pixels, a decompression"),
+        ("a.png", png_of(10_000, 10_000, 8, 2), "more than 89 million pixels, a decompression"),
+        ("a.png", png_of(8, 8, 16, 0), "16 bits a channel"),
+        ("a.png", png_of(8, 8, 16, 2), "16 bits a channel"),
+        ("a.png", animation(), "is animated"),
+        ("a.gif", b"", "images are not read"),
+        ("a.TIFF", b"", "images are not read"),
+        ("b/line\nbreak.png", b"", r"line\\nbreak.png"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) else None,
+)
+def test_folder_names_the_file_that_is_bad(tmp_path, name, data, words):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(data)
+    sentence = refused(folder(tmp_path), words)
+    assert ascii(name)[1:-1] in sentence
+
+
+def test_folder_refuses_a_truncated_jpeg(tmp_path):
+    picture(size=(64, 64)).save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[: len(data) // 2])
+    refused(folder(tmp_path, image_size=64), r"a.jpg: cannot be decoded \(image file is truncated")
+
+
+def test_folder_that_is_none_or_empty(tmp_path):
+    refused(
+        folder(""),
+        r"recipes.r.data.path: there is no folder ''; set this key to your folder of images",
+    )
+    refused(folder(tmp_path / "none"), r"there is no folder '.*none'")
+    refused(folder(tmp_path), r"has no images \(.png, .*recipes.r.data.path")
+
+
+# a folder in S3
+
+
+def upload(url: str, root: Path) -> None:
+    """Puts every file below a folder, links left out, below a prefix."""
+    bucket, prefix = storage.s3_address(url)
+    client = storage._s3_client(os.getpid())
+    for path in (path for path in root.rglob("*") if path.is_file() and not path.is_symlink()):
+        key = f"{prefix}/{path.relative_to(root).as_posix()}"
+        client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+
+
+def test_a_prefix_gives_the_shards_and_the_manifest_of_the_same_folder(tmp_path, s3_url):
+    root = tmp_path / "images"
+    names = ["b/Ünïcode name.PNG", "a/z.png", "a.png", "B.jpeg", "b/100%?#+&.webp", "a/line\n.png"]
+    hidden = ["a/.hidden.png", ".git/x.png", "a/.git/z.png", "a/.git/b/.y.png"]
+    for seed, name in enumerate([*names, *hidden, *(f"{i:02}.png" for i in range(20))]):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(seed=seed, mode="L" if seed == 2 else "RGB").save(root / name)
+    for name in ("notes.txt", "a/README", ".DS_Store"):
+        (root / name).write_text("text")
+    upload(s3_url, root)
+    client = storage._s3_client(os.getpid())
+    near = s3_url.removeprefix("s3://bucket/")
+    for key in (f"{near}/marker/", f"{near}-too/a.png", f"{near}.png"):
+        client.put_object(Bucket="bucket", Key=key, Body=b"" if key.endswith("/") else png())
+    pages = []
+    client.meta.events.register(
+        "provide-client-params.s3.ListObjectsV2",
+        lambda params, **_: pages.append(1) or {**params, "MaxKeys": 5},
+    )
+    made = {}
+    for path in (root, s3_url):
+        data = folder(path, validation=0.2, test=0.2)
+        store = storage.open_store(f"file://{tmp_path}/store-{len(made)}")
+        source = open_source("r", data)
+        manifest = write_shards("r", data, source, store, tmp_path / f"{len(made)}.json")
+        keys = [shard.key for split in manifest.splits.values() for shard in split.shards]
+        made[path] = (manifest, [store.get(key) for key in keys], read(data)[0])
+    assert len(pages) > 5
+    (one, bytes_one, images_one), (other, bytes_other, images_other) = made.values()
+    assert one == other and bytes_one == bytes_other
+    assert (tmp_path / "0.json").read_bytes() == (tmp_path / "1.json").read_bytes()
+    assert [image.key for image in images_one] == [image.key for image in images_other]
+    assert one.source.notes == {
+        "converted": {"L to RGB": 1},
+        "skipped": {".txt": 1, "hidden": 4, "no suffix": 1},
+    }
+    assert sum(split.images for split in one.splits.values()) == 26
+
+
+def test_object_names_are_hashed_and_shown_only(tmp_path, monkeypatch):
+    names = ["../up.png", "a/../../up.png", "a/./b.png", "a//b.png", "/a/b.png", "a/b.png", ".png"]
+    names += ["\x1b[2J.png", "line\nbreak.png", "\u202egnp.png", "marker/", "a" * 900 + ".png"]
+    listed = [storage.Stored(name, 1, 0.0) for name in names]
+    monkeypatch.setattr(storage.S3Folder, "list", lambda self: iter(listed))
+    monkeypatch.setattr(storage.S3Folder, "read", lambda self, name, limit: png())
+    images, notes = read(folder("s3://bucket/p"))
+    assert notes["skipped"] == {"hidden": 4, "no suffix": 1}
+    assert len(images) == 7  # and as many keys: read() holds that
+    assert all(re.fullmatch("[a-z0-9-]{1,57}", one.key) for one in images)
+    monkeypatch.setattr(storage.S3Folder, "read", lambda self, name, limit: b"text")
+    sentence = refused(folder("s3://bucket/p"), r"'s3://bucket/p/\\x1b\[2J.png': is no image")
+    assert sentence.isprintable()
+
+
+def test_an_object_too_large_for_an_image_is_named_and_not_read(s3_url, tmp_path, monkeypatch):
+    (tmp_path / "huge.png").write_bytes(png(size=(64, 64)))
+    upload(s3_url, tmp_path)
+    size = (tmp_path / "huge.png").stat().st_size
+    monkeypatch.setattr(sources.raw, "OBJECT_BYTES", size - 1)
+    refused(folder(s3_url), rf"{s3_url}/huge.png: has more than {size - 1:,} bytes; shrink it or")
+    monkeypatch.setattr(sources.raw, "OBJECT_BYTES", size)
+    assert len(read(folder(s3_url, image_size=64))[0]) == 1
+
+
+def test_bad_images_of_a_prefix_are_named_as_those_of_a_folder(s3_url, tmp_path):
+    refused(folder(s3_url), rf"{s3_url}: has no images .* 0 other files.*recipes.r.data.path")
+    (tmp_path / "a.png").write_bytes(png()[:-40])
+    upload(s3_url, tmp_path)
+    refused(folder(f"{s3_url}/"), rf"^{s3_url}/a.png: cannot be decoded")
+    (tmp_path / "b.gif").write_bytes(b"")
+    upload(s3_url, tmp_path)
+    refused(folder(s3_url), rf"^{s3_url}/b.gif: .gif images are not read")
+
+
+@pytest.mark.parametrize(
+    ("changes", "bucket", "reason"),
+    [
+        ({}, "no-such-bucket", "NoSuchBucket"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, "bucket", "SignatureDoesNotMatch"),
+        ({"AWS_ACCESS_KEY_ID": "nobody-known"}, "bucket", "InvalidAccessKeyId"),
+        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "bucket", "Unable to locate"),
+        ({"AWS_ENDPOINT_URL": "http://me:secret@127.0.0.1:9"}, "bucket", "Could not connect"),
+    ],
+)
+def test_a_prefix_that_cannot_be_listed(s3_url, monkeypatch, changes, bucket, reason):
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    words = rf"^s3://{bucket}/p: cannot be listed: .*{reason}.*; check its name, AWS_ENDPOINT_URL"
+    sentence = refused(folder(f"s3://{bucket}/p"), words)
+    assert not re.search("secret|tester|nobody-known", sentence)
+
+
+def test_an_object_that_cannot_be_read(s3_url, monkeypatch):
+    gone = storage.Stored("gone.png", 1, 0.0)
+    monkeypatch.setattr(storage.S3Folder, "list", lambda self: iter([gone]))
+    refused(folder(s3_url), rf"^{s3_url}/gone.png: cannot be read: NoSuchKey .*run the same")
+
+
+@pytest.mark.parametrize(
+    "path", ["s3://me:pass@bucket/p", "s3://bucket/../p", "s3://", "https://x/?token=pass"]
+)
+def test_a_path_that_is_no_address_is_refused_without_its_secret(path):
+    sentence = refused(folder(path), r"^params.yaml: recipes.r.data.path: .*set this key to your")
+    assert "pass" not in sentence.replace("password", "")
+
+
+# imagenet
+
+
+def imagenet_tar(path: Path, seeds: list[int], size: int = 32) -> None:
+    with tarfile.open(path, "w") as tar:
+        for seed in seeds:
+            data = png(size=(size, size), seed=seed)
+            member = tarfile.TarInfo(f"part/{seed:07d}.png")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def test_imagenet_is_in_the_order_of_its_names(tmp_path):
+    imagenet_tar(tmp_path / "train_32x32.tar", [5, 3, 9, 1, 7])
+    imagenet_tar(tmp_path / "valid_32x32.tar", [20, 10])
+    data = config("imagenet", tmp_path, image_size=32, validation=2, split_seed=42)
+    images, _ = read(data)
+    last = sorted(np.random.RandomState(42).permutation(5)[-2:])
+    found = parts(images)
+    assert found["validation"] == [f"imagenet32-train-{rank:07d}" for rank in last]
+    assert found["test"] == ["imagenet32-test-0000000", "imagenet32-test-0000001"]
+    for one, seed in zip(images, [1, 3, 5, 7, 9, 10, 20], strict=True):
+        np.testing.assert_array_equal(one.image_HWC, np.asarray(picture((32, 32), seed=seed)))
+
+
+def test_imagenet_refuses_the_later_release_and_damaged_tars(tmp_path, monkeypatch):
+    data = config("imagenet", tmp_path, image_size=32, validation=2)
+    refused(
+        data, r"train_32x32.tar: not found; .*get http://www.image-net.org/small/train_32x32.tar"
+    )
+    (tmp_path / "val_data.npz").write_bytes(b"")
+    refused(data, r"holds the later npz release, .*get http://www.image-net.org/small/train_32x32")
+    imagenet_tar(tmp_path / "train_32x32.tar", [1, 2, 3])
+    imagenet_tar(tmp_path / "valid_32x32.tar", [4, 5])
+    monkeypatch.setattr(imagenet, "LATER_RELEASE", 2)
+    refused(data, r"valid_32x32.tar: has 2 images, so it is the later release")
+    imagenet_tar(tmp_path / "valid_32x32.tar", [4], size=64)
+    refused(data, r"valid_32x32.tar: 'part/0000004.png': is 64x64, not 32x32")
+    (tmp_path / "valid_32x32.tar").write_bytes(b"no tar")
+    refused(data, r"valid_32x32.tar: cannot be read as a tar")
+
+
+# imagenet, the later release
+
+
+def test_the_later_release_has_a_name_of_its_own(tmp_path):
+    random = np.random.RandomState(0)
+    rows = {}
+    for name in (*imagenet_npz.TRAIN_FILES, imagenet_npz.TEST_FILE):
+        rows[name] = random.randint(0, 256, (3, 3 * 32 * 32)).astype(np.uint8)
+        np.savez_compressed(tmp_path / name, data=rows[name], labels=np.arange(3))
+    data = config("imagenet-npz", tmp_path, image_size=32, validation=4)
+    images, notes = read(data)
+    found = parts(images)
+    assert [len(found[split]) for split in ("train", "validation", "test")] == [26, 4, 3]
+    last = sorted(np.random.RandomState(0).permutation(30)[-4:])
+    assert found["validation"] == [f"imagenet32npz-train-{index:07d}" for index in last]
+    every = np.concatenate(list(rows.values()))
+    for image, row in zip(images, every, strict=True):
+        np.testing.assert_array_equal(image.image_HWC.transpose(2, 0, 1).ravel(), row)
+    assert "later" in notes["release"]
+    path = tmp_path / "train_data_batch_3.npz"
+    whole = path.read_bytes()
+    changed = bytearray(whole)
+    changed[500] ^= 1
+    unfit = io.BytesIO()
+    np.savez(unfit, data=np.array([{}]))
+    for damaged in (whole[:-100], bytes(changed), unfit.getvalue(), b"text"):
+        path.write_bytes(damaged)
+        refused(data, r"train_data_batch_3.npz: cannot be read as such an npz file")
+    path.unlink()
+    refused(data, r"train_data_batch_3.npz: not found; get Imagenet32_train")
+
+
+# ffhq
+
+
+@pytest.fixture
+def small_ffhq(monkeypatch):
+    for name, value in (("IMAGES", 20), ("TEST_256", 4), ("TEST_1024", 3)):
+        monkeypatch.setattr(ffhq, name, value)
+
+
+def test_ffhq_array_has_the_published_test_set(tmp_path, small_ffhq):
+    array = np.random.RandomState(0).randint(0, 256, (20, 256, 256, 3)).astype(np.uint8)
+    np.save(tmp_path / "ffhq.npy", array)
+    data = config("ffhq", tmp_path / "ffhq.npy", image_size=256, validation=5)
+    images, _ = read(data)
+    assert [one.key for one in images] == [f"ffhq-{index:05d}" for index in range(20)]
+    np.testing.assert_array_equal(np.stack([one.image_HWC for one in images]), array)
+    found = parts(images)
+    assert found["test"] == [
+        f"ffhq-{n:05d}" for n in sorted(np.random.RandomState(5).permutation(20)[-4:])
+    ]
+    assert len(found["validation"]) == 5 and len(found["train"]) == 11
+    np.save(tmp_path / "ffhq.npy", array[:10])
+    refused(data, r"ffhq.npy: is uint8 \(10, 256, 256, 3\), not")
+    np.save(tmp_path / "ffhq.npy", np.array([{}]), allow_pickle=True)
+    refused(data, r"ffhq.npy: is object \(1,\), not")
+    (tmp_path / "ffhq.npy").write_bytes(b"")
+    refused(data, r"ffhq.npy: cannot be read as .npy")
+
+
+def test_ffhq_folder_in_both_layouts(tmp_path, small_ffhq):
+    for index in range(20):
+        path = tmp_path / ("00000" if index % 2 else "") / f"{index:05d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (1024, 1024), (index, 0, 0)).save(path)
+    data = config("ffhq", tmp_path, image_size=1024, validation=5)
+    images, _ = read(data)
+    assert parts(images)["test"] == [f"ffhq-{index:05d}" for index in (17, 18, 19)]
+    data = config("ffhq", tmp_path, image_size=256, validation=5)
+    refused(data, r"recipes.r.data.resize: '' does not suit the source ffhq; set it to 'stretch'")
+    data = config("ffhq", tmp_path, image_size=256, validation=5, resize="stretch")
+    small, _ = read(data)
+    assert [one.image_HWC[0, 0, 0] for one in small] == list(range(20))
+    assert small[0].image_HWC.shape == (256, 256, 3)
+    (tmp_path / "00004.png").unlink()
+    refused(data, r"00004.png: not found; all of 00000.png to 00019.png")
+
+
+# raw data of the published sets in S3
+
+
+@pytest.mark.parametrize("kind", ["cifar10", "imagenet", "ffhq array", "ffhq folder"])
+def test_raw_data_in_s3_give_what_the_same_files_give(
+    tmp_path, s3_url, small_cifar10, small_ffhq, monkeypatch, kind
+):
+    monkeypatch.setattr(storage, "_RANGE_BYTES", 10_000)  # of the tars and arrays: many requests
+    source, name, size = kind.split()[0], "", 32
+    options = {"validation": 5}
+    if kind == "cifar10":
+        name = "c.tar.gz"
+        archive(tmp_path / name, images=4)
+    elif kind == "imagenet":
+        imagenet_tar(tmp_path / "train_32x32.tar", [*range(20)])
+        imagenet_tar(tmp_path / "valid_32x32.tar", [30, 31])
+    elif kind == "ffhq array":
+        name, size = "f.npy", 16
+        array = np.random.RandomState(0).randint(0, 256, (20, 16, 16, 3)).astype(np.uint8)
+        np.save(tmp_path / name, array)
+    else:
+        options["resize"] = "crop"
+        for index in range(20):
+            path = tmp_path / ("00000" if index % 2 else "") / f"{index:05d}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (1024, 1024), (index, 0, 0)).save(path)
+    upload(s3_url, tmp_path)
+    found = []
+    for root in (tmp_path, s3_url):
+        path = f"{root}/{name}" if name else root
+        found.append(read(config(source, path, image_size=size, **options)))
+    (here, notes_here), (there, notes_there) = found
+    assert [(one.key, one.split) for one in here] == [(one.key, one.split) for one in there]
+    for one, other in zip(here, there, strict=True):
+        np.testing.assert_array_equal(one.image_HWC, other.image_HWC)
+    assert notes_here == notes_there
+    missing = f"{s3_url}/none/{name}" if name else f"{s3_url}/none"
+    words = "there is no file" if name else "not found"
+    assert "vdvae fetch" in refused(config(source, missing, image_size=size, **options), words) or (
+        kind == "ffhq folder"
+    )
+
+
+# 200 fuzzed files
+
+
+def fuzzed(data: bytes, random: np.random.RandomState) -> bytes:
+    """One of what happens to files: bits flip, a part is lost, doubled or overwritten."""
+    changed = bytearray(data)
+    for _ in range(random.randint(1, 4)):
+        at, length = random.randint(len(changed)), random.randint(1, 40)
+        kind = random.randint(5)
+        if kind == 0:
+            changed[at] ^= 1 << random.randint(8)
+        elif kind == 1:
+            del changed[at : at + length]
+        elif kind == 2:
+            changed[at:at] = changed[at : at + length]
+        elif kind == 3:
+            changed[at : at + length] = random.bytes(min(length, len(changed) - at))
+        else:
+            del changed[max(at, 1) :]
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
+def test_fuzzed_images_are_read_right_or_refused(kind):
+    random = np.random.RandomState(0)
+    out = io.BytesIO()
+    original = picture(size=(24, 16))
+    original.save(out, kind)
+    refusals = 0
+    for _ in range(40):
+        try:
+            found = decode(io.BytesIO(fuzzed(out.getvalue(), random)), "f", 3)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+            continue
+        assert found.mode == "RGB"
+        if kind == "PNG":  # which alone has checksums: what is accepted is what was written
+            assert found.tobytes() == original.tobytes()
+    assert refusals >= (38 if kind == "PNG" else 10)
+
+
+def test_fuzzed_tars_give_their_images_or_are_refused(tmp_path):
+    random = np.random.RandomState(1)
+    seeds = [*range(8)]
+    imagenet_tar(tmp_path / "valid_32x32.tar", [8])
+    imagenet_tar(tmp_path / "train_32x32.tar", seeds)
+    path = tmp_path / "train_32x32.tar"
+    whole = path.read_bytes()
+    originals = {np.asarray(picture((32, 32), seed=seed)).tobytes() for seed in seeds}
+    data = config("imagenet", tmp_path, image_size=32, validation=2)
+    accepted = 0
+    for number in range(40):
+        # Every other one is cut between two files, where tarfile sees nothing.
+        cut = whole[: 512 * random.randint(1, len(whole) // 512)]
+        path.write_bytes(cut if number % 2 else fuzzed(whole, random))
+        try:
+            images, _ = read(data)
+        except UserError:
+            continue
+        accepted += 1
+        assert {one.image_HWC.tobytes() for one in images[:-1]} == originals
+    assert accepted < 30

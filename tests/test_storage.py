@@ -1,0 +1,240 @@
+"""The two stores keep one contract; S3 is a real server."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from faulty_proxy import faulty_proxy
+from s3_server import PORTS, s3_server
+
+from pipeline import storage
+from pipeline.params import DataConfig
+from pipeline.services.definitions import free_ports
+from pipeline.shards import BlockCache, ShardReader, write_shards
+from pipeline.sources import open_source
+from pipeline.storage import ObjectMissing, Store, open_store, s3_address
+from vdvae.config import UserError
+
+KEY = "shards/digits/abc.tar"
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request, tmp_path) -> Store:
+    if request.param == "file":
+        return open_store(f"file://{tmp_path}/store")
+    return open_store(request.getfixturevalue("s3_url"))
+
+
+def test_what_was_put_comes_back(store):
+    assert not store.exists(KEY)
+    with pytest.raises(ObjectMissing, match=f"store {store.root}: has no {KEY}"):
+        store.get(KEY)
+    data = bytes(range(256)) * 1000
+    store.put(KEY, data)
+    assert store.exists(KEY)
+    assert store.get(KEY) == data
+    assert store.get(KEY, limit=10) == data[:10]
+    assert store.get(KEY, limit=len(data) + 1) == data
+    assert store.url(KEY) == f"{store.root}/{KEY}"
+
+
+def test_put_replaces_other_bytes_and_renews_the_same(store):
+    store.put(KEY, b"one")
+    if isinstance(store, storage.FileStore):
+        os.utime(store.folder / KEY, (time.time() - 9,) * 2)
+    [before] = store.list()
+    time.sleep(1.1)  # S3 tells whole seconds
+    store.put(KEY, b"one")
+    [after] = store.list()
+    assert after.modified > before.modified + 0.9  # or what removes old objects would take it
+    assert store.get(KEY) == b"one"
+    store.put(KEY, b"another")
+    assert store.get(KEY) == b"another"
+
+
+def test_a_list_holds_everything_until_it_is_deleted(store):
+    assert list(store.list()) == []
+    keys = {f"shards/digits/{number}.tar" for number in range(9)}
+    for key in sorted(keys):
+        store.put(key, b"data")
+    listed = list(store.list())
+    assert {stored.key for stored in listed} == keys
+    assert {stored.bytes for stored in listed} == {4}
+    assert all(abs(stored.modified - time.time()) < 600 for stored in listed)
+    gone = keys - {"shards/digits/7.tar"}
+    for key in [*gone, "never-there"]:
+        store.delete(key)
+    assert [stored.key for stored in store.list()] == ["shards/digits/7.tar"]
+    assert not store.exists("shards/digits/8.tar") and store.exists("shards/digits/7.tar")
+
+
+def test_a_neighbour_with_a_longer_name_is_not_listed(s3_url):
+    near, far = open_store(s3_url), open_store(f"{s3_url}-neighbour")
+    near.put("mine", b"1")
+    far.put("theirs", b"2")
+    assert [stored.key for stored in near.list()] == ["mine"]
+
+
+@pytest.mark.parametrize("key", ["", "/etc/passwd", "../out", "a/../../b", "a//b", "a/./b", "a\nb"])
+def test_no_key_leads_out_of_the_store(tmp_path, key):
+    store = open_store(f"file://{tmp_path}/store")
+    for use in (store.get, store.exists, store.url, store.delete, lambda key: store.put(key, b"")):
+        with pytest.raises(UserError, match="store: the key"):
+            use(key)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "url", ["", "store", "file://store", "http://x/y", "s3://", "s3://UP", "s3://me:pass@b/p"]
+)
+def test_other_urls_are_refused_without_showing_a_password(url):
+    with pytest.raises(UserError, match=r"VDVAE_STORE: .*file:///absolute/path") as caught:
+        open_store(url)
+    assert "pass" not in str(caught.value).replace("password", "")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=rf"store file://{tmp_path}/file: cannot write {KEY}: .*; "):
+        open_store(f"file://{tmp_path}/file").put(KEY, b"1")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="No space left on device; mend that, or set VDVAE_STORE"):
+        open_store(f"file://{tmp_path}/store").put(KEY, b"1")
+    assert not [path for path in Path(tmp_path).rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "bucket", "reason"),
+    [
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", "bucket", "Could not connect"),
+        ("AWS_SECRET_ACCESS_KEY", "wrong", "bucket", "SignatureDoesNotMatch"),
+        ("AWS_DEFAULT_REGION", "us-east-1", "no-such-bucket", "NoSuchBucket"),
+        ("AWS_ENDPOINT_URL", "http://me:pass@127.0.0.1:9", "bucket", "//127.0.0.1:9/bucket"),
+    ],
+)
+def test_s3_says_why_it_fails(s3_url, monkeypatch, variable, value, bucket, reason):
+    monkeypatch.setattr(storage, "_ATTEMPTS", 2)
+    monkeypatch.setenv(variable, value)
+    store = open_store(f"s3://{bucket}/prefix")
+    for use, doing in (
+        (lambda: store.put(KEY, b"1"), f"write {KEY}"),
+        (lambda: store.get(KEY), f"read {KEY}"),
+        (lambda: store.delete(KEY), f"delete {KEY}"),
+        (lambda: list(store.list()), "list the bucket"),
+    ):
+        if (bucket, doing) == ("no-such-bucket", f"delete {KEY}"):
+            continue  # SeaweedFS finds nothing to delete there, and says no more
+        words = f"cannot {doing}: .*{reason}.*VDVAE_STORE"
+        with pytest.raises(UserError, match=words) as caught:
+            use()
+        assert "pass" not in str(caught.value)
+
+
+@pytest.mark.parametrize("endpoint", ["me:pass@host", "http://"])
+def test_an_endpoint_that_is_none(s3_url, monkeypatch, endpoint):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(UserError, match=r"^AWS_ENDPOINT_URL: is not http://host:port") as caught:
+        open_store(s3_url).get(KEY)
+    assert "pass" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("s3://bucket", ("bucket", "")),
+        ("s3://bucket/", ("bucket", "")),
+        ("s3://bucket/a b/ü%20/?#@/", ("bucket", "a b/ü%20/?#@")),
+        ("s3://bucket/.a/..b", ("bucket", ".a/..b")),
+        *((url, None) for url in ("s3://bucket/a/../b", "s3://bucket/a//b", "s3://bucket/./a")),
+        *((url, None) for url in ("s3://", "s3:///a", "s3://UP", "s3://me@bucket", "file:///a")),
+        ("s3://me:pass@bucket/a", None),
+        ("s3://bucket\n", None),
+    ],
+)
+def test_an_s3_address_is_taken_literally_or_not_at_all(url, address):
+    assert s3_address(url) == address
+
+
+def test_shards_in_s3_are_those_of_a_folder(s3_url, tmp_path):
+    data = DataConfig(
+        source="digits", image_size=8, channels=1, num_levels=17, validation=180, test=360
+    )
+    scans = []
+    none = BlockCache(folder=tmp_path / "none", limit_bytes=0)
+    for url in (s3_url, f"file://{tmp_path}/store"):
+        store, source = open_store(url), open_source("digits", data)
+        manifest = write_shards("digits", data, source, store, tmp_path / "digits.json")
+        reader = ShardReader(manifest, store, "validation", cache=none)
+        scans.append((manifest, [*reader.scan(200)]))
+    (one, [(keys, x_BCHW)]), (other, [(other_keys, other_x_BCHW)]) = scans
+    assert one == other and keys == other_keys and x_BCHW.equal(other_x_BCHW)
+    open_store(s3_url).put(one.splits["validation"].shards[0].key, b"damaged")
+    with pytest.raises(UserError, match=r"shard digits-validation-000000.tar: 7 bytes instead of"):
+        next(ShardReader(one, open_store(s3_url), "validation", cache=none).scan(1))
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(storage, "_PART_BYTES", 5 * 2**20)  # S3's own least
+
+
+def test_two_writers_of_a_large_object_do_not_clobber_each_other(s3_url, small_parts):
+    store = open_store(s3_url)
+    data = os.urandom(11 * 2**20)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: store.put(KEY, data), range(4)))
+    assert store.get(KEY) == data
+    assert store.get(KEY, limit=2**20 + 1) == data[: 2**20 + 1]
+    assert [stored.bytes for stored in store.list()] == [len(data)]
+    other = os.urandom(11 * 2**20)
+    store.put(KEY, other)
+    assert store.get(KEY) == other
+    client = storage._s3_client(os.getpid())
+    assert not client.list_multipart_uploads(Bucket="bucket").get("Uploads")
+
+
+def test_requests_that_fail_and_bodies_that_are_cut_lose_nothing(
+    s3_url, s3, monkeypatch, small_parts
+):
+    data = [os.urandom(size) for size in (100, 2**20, 7 * 2**20)]
+    with faulty_proxy(s3.endpoint, share=0.1) as faults:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.endpoint)
+        monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount",
+                            lambda *_: 0.01)  # fmt: skip
+        storage._s3_client.cache_clear()
+        store = open_store(s3_url)
+        for number, content in enumerate(data * 3):
+            store.put(f"{KEY}.{number}", content)
+        for number, content in enumerate(data * 3):
+            assert store.get(f"{KEY}.{number}") == content
+    assert faults.counts["failed"] >= 3 and faults.counts["cut"] >= 3, faults.counts
+
+
+def test_a_server_that_is_killed_and_starts_again_costs_time_alone(tmp_path, monkeypatch):
+    ports = free_ports(len(PORTS))
+    data = os.urandom(2**20)
+    with s3_server(tmp_path, ports) as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        storage._s3_client.cache_clear()
+        store = open_store("s3://bucket/restart")
+        for number in range(8):
+            store.put(f"{KEY}.{number}", data)
+        threads = ThreadPoolExecutor(1)
+        reads = threads.submit(lambda: [store.get(f"{KEY}.{n % 8}") == data for n in range(400)])
+        time.sleep(0.3)
+    assert not reads.done()  # the server was killed in the middle
+    with s3_server(tmp_path, ports):
+        assert all(reads.result(timeout=60))
+        storage._s3_client.cache_clear()

@@ -1,0 +1,401 @@
+"""What a model and a training run are, by value: frozen, validated, every error names its field.
+
+Block strings are those of the paper's code (Child 2021, sec. 4): comma-separated entries, each of
+`RxN` (N blocks at resolution R), `RdK` (encoder: one block at R, then average pooling by K) or
+`RmS` (decoder: one block at R, into which resolution S enters by unpooling).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Self
+
+
+class UserError(ValueError):
+    """Something the user can mend: one sentence with what, where, the value and the remedy."""
+
+
+class EncoderBlock(NamedTuple):
+    """One bottom-up block: reads `resolution`, then pools by `pool` (1: no pooling)."""
+
+    resolution: int
+    pool: int
+
+    @property
+    def output_resolution(self) -> int:
+        """The resolution of the activation that this block writes."""
+        return self.resolution // self.pool
+
+
+class DecoderBlock(NamedTuple):
+    """One top-down block at `resolution`; `unpool_from` is the lower one that enters, or None."""
+
+    resolution: int
+    unpool_from: int | None
+
+
+def _entries(text: str, what: str, letters: str) -> list[tuple[int, str, int]]:
+    entries = []
+    for entry in text.split(","):
+        match = re.fullmatch(rf"\s*([1-9]\d*)(?:([{letters}])([1-9]\d*))?\s*", entry)
+        if match is None:
+            raise UserError(
+                f"{what}: cannot read the entry {entry.strip()!r} of {text!r}; "
+                f"write entries such as 8x2 or 8{letters[-1]}4, separated by commas"
+            )
+        resolution, letter, number = match.groups()
+        entries.append((int(resolution), letter or "x", int(number or 1)))
+    return entries
+
+
+def parse_encoder(text: str) -> tuple[EncoderBlock, ...]:
+    """Reads an encoder's block string and checks that each block's resolution is the one reached.
+
+    Raises:
+        UserError: for an entry that cannot be read, or a resolution that cannot be reached.
+    """
+    blocks: list[EncoderBlock] = []
+    for resolution, letter, number in _entries(text, "model.encoder", "xd"):
+        reached = blocks[-1].output_resolution if blocks else resolution
+        if resolution != reached:
+            raise UserError(
+                f"model.encoder: resolution {resolution} of {text!r} cannot be reached: the blocks "
+                f"before it end at {reached}; pool down to it, or change the resolution"
+            )
+        if letter == "d" and (number < 2 or resolution % number):
+            raise UserError(
+                f"model.encoder: {resolution}d{number} of {text!r} cannot pool {resolution} by "
+                f"{number}; use a divisor of {resolution} from 2 on"
+            )
+        blocks += (
+            [EncoderBlock(resolution, number)]
+            if letter == "d"
+            else [EncoderBlock(resolution, 1)] * number
+        )
+    return tuple(blocks)
+
+
+def parse_decoder(text: str) -> tuple[DecoderBlock, ...]:
+    """Reads a decoder's block string and checks that every resolution is entered from a lower one.
+
+    Raises:
+        UserError: for an entry that cannot be read, or a resolution that cannot be reached.
+    """
+    blocks: list[DecoderBlock] = []
+    for resolution, letter, number in _entries(text, "model.decoder", "xm"):
+        entered = {block.resolution for block in blocks}
+        if letter == "m":
+            if number not in entered or number >= resolution or resolution % number:
+                raise UserError(
+                    f"model.decoder: {resolution}m{number} of {text!r}: {number} cannot enter "
+                    f"{resolution}; it must be a divisor of {resolution} that has blocks before it"
+                )
+            blocks.append(DecoderBlock(resolution, number))
+        else:
+            if entered and resolution not in entered:
+                raise UserError(
+                    f"model.decoder: resolution {resolution} of {text!r} cannot be reached; enter "
+                    f"it from a lower one first, by {resolution}m{blocks[-1].resolution}"
+                )
+            blocks += [DecoderBlock(resolution, None)] * number
+    return tuple(blocks)
+
+
+def parse_widths(text: str) -> dict[int, int]:
+    """Reads `resolution:width` pairs such as `512:32,256:64`; empty text gives no pairs.
+
+    Raises:
+        UserError: for a pair that cannot be read.
+    """
+    widths = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", pair)
+        if match is None:
+            raise UserError(
+                f"model.widths: cannot read {pair!r} of {text!r}; write resolution:width, as 512:32"
+            )
+        widths[int(match[1])] = int(match[2])
+    return widths
+
+
+Likelihood = Literal["normalised", "published", "published_5bit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A frozen set of values whose types, bounds and relations are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            kind = hints[item.name]
+            if kind is float and type(value) is int:
+                value = float(value)
+                object.__setattr__(self, item.name, value)
+            if not _fits(value, kind):
+                raise UserError(f"{self.section}.{item.name}: {value!r} is not {_words(kind)}")
+            low, high = item.metadata.get("bounds", (-math.inf, math.inf))
+            if isinstance(value, int | float) and not low <= value <= high:
+                raise UserError(
+                    f"{self.section}.{item.name}: {value!r} is out of bounds; "
+                    f"it must be {_range_words(low, high)}"
+                )
+        self.check()
+
+    @property
+    def section(self) -> str:
+        """The section of params.yaml that these values come from, for messages."""
+        return type(self).__name__.removesuffix("Config").lower()
+
+    def check(self) -> None:
+        """Checks relations between fields; raises UserError."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "") -> Self:
+        """Makes a config from plain values.
+
+        Raises:
+            UserError: naming an unknown or missing key, or a value of the wrong type or range.
+        """
+        known = {item.name: item for item in dataclasses.fields(cls)}
+        section = cls.__name__.removesuffix("Config").lower()
+        prefix = f"{where}: " if where else ""
+        if not isinstance(values, dict):
+            raise UserError(f"{prefix}{section}: {values!r} is not a section of keys and values")
+        for key in values:
+            if key not in known:
+                raise UserError(
+                    f"{prefix}{section}.{key}: unknown key{_nearest(str(key), known)}; "
+                    f"known are {', '.join(known)}"
+                )
+        for key, item in known.items():
+            if key not in values and item.default is dataclasses.MISSING:
+                raise UserError(f"{prefix}{section}.{key}: missing; give it a value")
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"{prefix}{error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values as plain JSON types; `from_dict` gives the same config again."""
+        return dataclasses.asdict(self)
+
+
+def number(low: float = -math.inf, high: float = math.inf, **options: Any) -> Any:
+    """A dataclass field with bounds (both included)."""
+    return field(metadata={"bounds": (low, high)}, **options)
+
+
+def _fits(value: object, kind: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(
+            isinstance(part, typing.get_args(kind)[0]) for part in value
+        )
+    if kind is float:
+        return type(value) is float and math.isfinite(value)
+    return type(value) is kind
+
+
+def _words(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_words(option) for option in typing.get_args(kind))
+    names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
+    return names.get(kind, str(kind))
+
+
+def _range_words(low: float, high: float) -> str:
+    if high == math.inf:
+        return f"at least {low:g}"
+    return f"from {low:g} to {high:g}"
+
+
+def _nearest(key: str, known: typing.Iterable[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """Everything that determines a model's function; the defaults are the paper's choices."""
+
+    image_size: int = number(1, 4096)  # pixels a side
+    image_channels: int = 3  # 1 (grey) or 3 (red, green, blue)
+    num_levels: int = number(2, 256, default=256)  # grey levels of the data (DESIGN: words)
+    encoder: str  # bottom-up block string
+    decoder: str  # top-down block string
+    width: int = number(1, default=384)  # channels D, where `widths` says nothing else
+    widths: str = ""  # channels by resolution, "512:32,256:64"
+    latent_channels: int = number(1, default=16)  # Z of each stochastic layer
+    bottleneck: float = number(1e-3, 4, default=0.25)  # inner width of a block / its width
+    mixtures: int = number(1, default=10)  # K logistics of the likelihood
+    no_bias_above: int = number(0, default=64)  # highest resolution with a learned bias map
+    shift: float = -127.5  # encoder input = (pixel + shift) * scale, pixel in 0..255
+    scale: float = 1 / 127.5
+    likelihood: Likelihood = "normalised"  # the published arithmetics do not sum to 1
+    # The paper's ablations (sec. 5.1, A.1); the published models leave them as they are here.
+    residual_scaling: bool = True  # last convolutions scaled by 1/sqrt(N) at the start (Table 3)
+    topdown_residual: bool = True  # off: Fig. 5 "FFN"
+    unpool: Literal["nearest", "transposed"] = "nearest"  # Fig. 5
+    group_size: int = number(1, default=1)  # K consecutive blocks that read one input (Table 1)
+
+    def check(self) -> None:
+        encoder, decoder = parse_encoder(self.encoder), parse_decoder(self.decoder)
+        if self.image_channels not in (1, 3):
+            raise UserError(f"model.image_channels: {self.image_channels} is not 1 or 3")
+        stored = [_stored(level, self.num_levels) for level in range(self.num_levels)]
+        if [value * self.num_levels // 256 for value in stored] != [*range(self.num_levels)]:
+            raise UserError(
+                f"model.num_levels: {self.num_levels} levels do not survive storage in 8 bits; "
+                f"use 2 to 27, 32, 64, 128 or 256"
+            )
+        if self.scale == 0:
+            raise UserError("model.scale: 0 would blank every image; use 1 / standard deviation")
+        for side, resolution in (
+            ("encoder: the first", encoder[0].resolution),
+            ("decoder: the last", decoder[-1].resolution),
+        ):
+            if resolution != self.image_size:
+                raise UserError(
+                    f"model.{side} block is at resolution {resolution} but images are "
+                    f"{self.image_size}x{self.image_size}; make the block string and "
+                    f"image_size agree"
+                )
+        written = {encoder[0].resolution} | {block.output_resolution for block in encoder}
+        for block in decoder:
+            if block.resolution not in written:
+                raise UserError(
+                    f"model.decoder: resolution {block.resolution} has no activation; the encoder "
+                    f"writes {', '.join(map(str, sorted(written)))}: change one of the two"
+                )
+        last: tuple[int, int] | None = None
+        for resolution in sorted(written, reverse=True):
+            width = self.width_at(resolution)
+            if last is not None and width < last[1]:
+                raise UserError(
+                    f"model.widths: width falls from {last[1]} at {last[0]} to {width} at "
+                    f"{resolution}; widths may only grow as the resolution falls"
+                )
+            last = (resolution, width)
+        if self.width_at(self.image_size) != self.width:
+            raise UserError(
+                f"model.widths: {self.width_at(self.image_size)} at the image's resolution "
+                f"{self.image_size}; there the width is model.width, {self.width}"
+            )
+        if int(min(self.width_at(b.resolution) for b in encoder) * self.bottleneck) < 1:
+            raise UserError(
+                f"model.bottleneck: {self.bottleneck} of width {self.width} leaves no channel; "
+                f"raise width or bottleneck"
+            )
+        needed = {"published": (256, 3), "published_5bit": (32, 3)}.get(self.likelihood)
+        if needed and (self.num_levels, self.image_channels) != needed:
+            raise UserError(
+                f"model.likelihood: {self.likelihood!r} is defined for {needed[0]} levels and "
+                f"{needed[1]} channels, not {self.num_levels} and {self.image_channels}; "
+                f"use 'normalised'"
+            )
+
+    def width_at(self, resolution: int) -> int:
+        """Channels of the features at a resolution."""
+        return parse_widths(self.widths).get(resolution, self.width)
+
+    @property
+    def dims(self) -> int:
+        """C·H·W: what bits/dim divides by."""
+        return self.image_channels * self.image_size**2
+
+    @property
+    def latent_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """(Z, H, W) of each stochastic layer, top first."""
+        return tuple(
+            (self.latent_channels, block.resolution, block.resolution)
+            for block in parse_decoder(self.decoder)
+        )
+
+    @property
+    def num_latents(self) -> int:
+        """Latent variables an image, over all stochastic layers."""
+        return sum(math.prod(shape) for shape in self.latent_shapes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """How a model is trained (Child 2021, sec. 4.2 and Table 4)."""
+
+    steps: int = number(1)  # updates, skipped ones included
+    batch_size: int = number(1)  # images an update, over all devices
+    learning_rate: float = number(1e-12, 10)
+    warmup_steps: int = number(0, default=100)  # update i runs at i / warmup_steps of the rate
+    weight_decay: float = number(0, 1, default=0.01)  # decoupled, on all parameters
+    beta1: float = number(0, 0.999999, default=0.9)  # Adam's moments
+    beta2: float = number(0, 0.999999, default=0.9)
+    ema_decay: float = number(0, 1, default=0.999)  # of the averaged weights, which are the model
+    gradient_clip: float = number(1e-12, default=200.0)  # largest gradient norm, nats/dim
+    skip_threshold: float = number(1e-12, default=400.0)  # norm above which an update is skipped
+    max_skipped_in_a_row: int = number(1, default=100)  # then training stops and says so
+    seed: int = number(0, 2**31 - 1, default=0)  # initialisation, data order and noise
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of convolutions and matrix products
+    compile: bool = False  # blocks and likelihood through torch.compile
+    channels_last: bool = True  # memory layout of features and weights
+    accumulation: int = number(1, default=1)  # parts that a device computes its batch in
+    recompute_from: int = number(0, default=0)  # blocks at this resolution and above compute their
+    # activations once more in the backward pass instead of keeping them; 0: none do
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: int = number(1, default=100)  # steps between points of the curves
+    validate_every: int = number(0, default=0)  # steps between validations; 0: never, and the
+    # last averaged weights are the model; otherwise those with the best validation bits/dim
+    patience: int = number(0, default=0)  # validations without a better one, after which training
+    # ends; 0: it goes on to the last step
+    checkpoint_every: int = number(1, default=1000)  # steps
+    checkpoint_minutes: float = number(0, default=0.0)  # at most between checkpoints; 0: no limit
+    keep_checkpoints: int = number(1, default=2)  # the newest
+
+    def check(self) -> None:
+        if self.skip_threshold < self.gradient_clip:
+            raise UserError(
+                f"train.skip_threshold: {self.skip_threshold} is below train.gradient_clip, "
+                f"{self.gradient_clip}, which would then never clip; raise it"
+            )
+        if self.validate_every % self.log_every:
+            raise UserError(
+                f"train.validate_every: {self.validate_every} is not a multiple of "
+                f"train.log_every, {self.log_every}; validations are points of the curves"
+            )
+        if self.patience and not self.validate_every:
+            raise UserError(
+                f"train.patience: {self.patience} validations, but train.validate_every is 0, "
+                f"never; set it"
+            )
+
+
+def _stored(level: Any, num_levels: int) -> Any:
+    # round(255 k / (L - 1)), halves up, in whole numbers so that it is exact.
+    return (510 * level + (num_levels - 1)) // (2 * (num_levels - 1))
+
+
+def levels_to_uint8(level: Any, num_levels: int) -> Any:
+    """Stored value of each level: round(255 k / (L - 1)) as uint8 (NumPy array or torch tensor)."""
+    value = _stored(level, num_levels)
+    return value.astype("uint8") if hasattr(value, "astype") else value.byte()
+
+
+def uint8_to_levels(value: Any, num_levels: int) -> Any:
+    """Level of each uint8 value v: floor(v L / 256) as int32 (NumPy array or torch tensor).
+
+    The inverse of `levels_to_uint8` for every number of levels that a ModelConfig accepts.
+    """
+    wide = value.astype("int32") if hasattr(value, "astype") else value.int()
+    return wide * num_levels // 256

@@ -1,0 +1,132 @@
+"""The ranks of one run: who this process is, and what all of them have found.
+
+Started by torchrun on any number of machines, or by `pipeline.launch` on one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vdvae.config import UserError
+
+T = TypeVar("T")
+RENDEZVOUS = "VDVAE_RENDEZVOUS"  # file:///path where the ranks of one machine meet without a port
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run; alone where nothing started it with others."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that speaks and writes."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order, on the first one; elsewhere none."""
+        if self.size == 1:
+            return [value]
+        found: list[T] = [value] * self.size
+        dist.gather_object(value, found if self.first else None)
+        return found if self.first else []
+
+    def shared(self, value: T) -> T:
+        """The first rank's value, on every rank."""
+        if self.size == 1:
+            return value
+        found = [value]
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def wait(self) -> None:
+        """Returns when every rank has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def all_agree(self, answer: bool) -> bool:
+        """Whether every rank answers yes."""
+        if self.size == 1:
+            return answer
+        votes = torch.tensor(int(answer))
+        dist.all_reduce(votes, dist.ReduceOp.MIN)
+        return bool(votes)
+
+    def mean(self, figures: Tensor) -> Tensor:
+        """The mean over ranks, element by element: the same bits on each."""
+        if self.size > 1:
+            dist.all_reduce(figures)
+            figures = figures / self.size
+        return figures
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        """A module whose backward pass gives every rank the mean of all ranks' gradients."""
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def check_equal(self, what: str, value: T) -> None:
+        """Refuses to go on where ranks have found different things.
+
+        Raises:
+            UserError: on every rank.
+        """
+        found = self.shared(self.gather(value))
+        if len(set(found)) > 1:
+            raise UserError(
+                f"ranks: {what} differs between ranks ({', '.join(map(str, found))}); the folder "
+                f"of VDVAE_RUNS must be one that all machines share"
+            )
+
+
+ALONE = Ranks()
+
+
+def own_gradients(model: nn.Module) -> AbstractContextManager[None]:
+    """While it runs, a backward pass leaves each rank its own gradients, to be summed up later."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
+
+
+@contextmanager
+def ranks() -> Iterator[Ranks]:
+    """Joins the other ranks while the block runs (environment: RANK, WORLD_SIZE, ...).
+
+    Figures and objects travel over gloo from the CPU, gradients on GPUs over NCCL.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"ranks: more are started on this machine than its {torch.cuda.device_count()} "
+                f"GPUs; start one a GPU"
+            )
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend,
+        init_method=os.environ.get(RENDEZVOUS, "env://"),
+        rank=int(os.environ["RANK"]),
+        world_size=size,
+    )
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

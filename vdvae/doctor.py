@@ -1,0 +1,153 @@
+"""The training doctor: what is wrong with a run, what it comes from, what helps.
+
+It reads the points of the curves alone. What is a threshold here is a judgement: docs/operations.md
+says what each is to catch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vdvae.config import ModelConfig, TrainConfig
+
+Point = dict[str, float]  # one point of the curves: step, time (unix seconds) and named figures
+
+_WINDOW = 10  # points whose mean is compared with the mean of as many before
+_FLAT = 1e-3  # relative fall of the loss between two windows, below which it stands
+_KNOWS_NOTHING = 0.8  # of log2(levels): a model of independent pixels is about there
+_SKIPPED = 0.1  # share of an interval's updates
+_ALIVE_NATS = 0.1  # an image: a resolution that once carried this was in use
+_DIED = 0.01  # of the most that a resolution carried
+_DEAD_POINTS = 5  # in a row
+_QUIET_POINTS = 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One diagnosis with its remedy; `stops` where nothing more would be learnt."""
+
+    kind: str  # not_finite, skips, streak, plateau, collapse or dead_resolution
+    text: str
+    stops: bool = False
+
+
+def examine(
+    model: ModelConfig, config: TrainConfig, history: Sequence[Point], seen: dict[str, int]
+) -> list[Finding]:
+    """What the newest point of the curves shows.
+
+    What goes on is told once: again only after it was gone for `_QUIET_POINTS` points.
+
+    Args:
+        seen: the number of points there were when a kind of finding was last met; kept up to date.
+    """
+    found, now = _examine(model, config, history), len(history)
+    new = [f for f in found if now - seen.get(f.kind, -_QUIET_POINTS) >= _QUIET_POINTS]
+    seen.update((finding.kind, now) for finding in found)
+    return new
+
+
+def streak(config: TrainConfig, skipped_in_a_row: int, norm: float) -> list[Finding]:
+    """Stops a run whose updates have all been skipped for `max_skipped_in_a_row` steps."""
+    if skipped_in_a_row < config.max_skipped_in_a_row:
+        return []
+    so = f"the last {skipped_in_a_row} updates were all skipped"
+    if math.isfinite(norm):
+        text = (
+            f"{so} (gradient norm {norm:.4g}, train.skip_threshold {config.skip_threshold:g}), so "
+            f"nothing is learnt; raise train.skip_threshold or lower train.learning_rate"
+        )
+    else:
+        text = (
+            f"{so}, since loss or gradient norm is not finite: the weights have diverged; lower "
+            f"train.learning_rate or train.skip_threshold, and train with precision fp32"
+        )
+    return [Finding("streak", text, stops=True)]
+
+
+def _examine(model: ModelConfig, config: TrainConfig, history: Sequence[Point]) -> list[Finding]:
+    if not history:
+        return []
+    checks = (_not_finite, _skips, _plateau, _collapse, _dead_resolution)
+    return [found for check in checks if (found := check(model, config, history)) is not None]
+
+
+def _not_finite(_: ModelConfig, config: TrainConfig, history: Sequence[Point]) -> Finding | None:
+    count = int(history[-1].get("not_finite", 0))
+    if not count:
+        return None
+    return Finding(
+        "not_finite",
+        f"{count} of the last updates had a loss or gradient norm that is not finite, and were "
+        f"skipped; where it goes on, lower train.learning_rate"
+        + ("" if config.precision == "fp32" else f", or train with fp32, not {config.precision}"),
+    )
+
+
+def _skips(_: ModelConfig, config: TrainConfig, history: Sequence[Point]) -> Finding | None:
+    before = history[-2] if len(history) > 1 else {"step": 0, "skipped": 0}
+    steps = history[-1]["step"] - before["step"]
+    skipped = history[-1]["skipped"] - before["skipped"]
+    if skipped < 2 or skipped <= _SKIPPED * steps:
+        return None
+    return Finding(
+        "skips",
+        f"{skipped:.0f} of the last {steps:.0f} updates were skipped (greatest gradient norm "
+        f"{history[-1]['gradient_norm']:.4g}, train.skip_threshold {config.skip_threshold:g}); "
+        f"healthy runs skip under 0.01%: raise train.skip_threshold or lower train.learning_rate",
+    )
+
+
+def _warm(config: TrainConfig, history: Sequence[Point]) -> Sequence[Point]:
+    return [point for point in history if point["step"] > config.warmup_steps]
+
+
+def _plateau(model: ModelConfig, config: TrainConfig, history: Sequence[Point]) -> Finding | None:
+    points = _warm(config, history)[-2 * _WINDOW :]
+    if len(points) < 2 * _WINDOW:
+        return None
+    losses = [point["bits_per_dim"] for point in points]
+    before, now = (sum(half) / _WINDOW for half in (losses[:_WINDOW], losses[_WINDOW:]))
+    uniform = math.log2(model.num_levels)
+    if not (now > _KNOWS_NOTHING * uniform and before - now < _FLAT * before):
+        return None
+    steps = points[-1]["step"] - points[0]["step"]
+    return Finding(
+        "plateau",
+        f"the loss has stood at {now:.3f} bits/dim for {steps:.0f} steps, near the {uniform:.2f} "
+        f"of knowing nothing; small batches do that: raise train.batch_size (or "
+        f"train.accumulation where memory is short), or try another train.learning_rate",
+    )
+
+
+def _collapse(model: ModelConfig, config: TrainConfig, history: Sequence[Point]) -> Finding | None:
+    points = _warm(config, history)[-2 * _WINDOW :]
+    nats = [point["rate_bits_per_dim"] * model.dims * math.log(2) for point in points]
+    if len(points) < 2 * _WINDOW or not max(nats) < _ALIVE_NATS:
+        return None
+    return Finding(
+        "collapse",
+        f"the latents carry {nats[-1]:.2g} nats an image, so nothing: the decoder does without "
+        f"them; check model.shift and model.scale against the images, lower train.learning_rate",
+    )
+
+
+def _dead_resolution(
+    model: ModelConfig, config: TrainConfig, history: Sequence[Point]
+) -> Finding | None:
+    points = _warm(config, history)
+    for key in points[-1] if len(points) > _DEAD_POINTS else ():
+        if key.startswith("rate_bits_per_dim/res_"):
+            nats = [point[key] * model.dims * math.log(2) for point in points]
+            most, now = max(nats), max(nats[-_DEAD_POINTS:])
+            if most > _ALIVE_NATS and now < _DIED * most:
+                resolution = key.rpartition("_")[2]
+                return Finding(
+                    "dead_resolution",
+                    f"the layers at resolution {resolution} carried {most:.3g} nats an image and "
+                    f"now carry {now:.2g}: they have died; go back to a checkpoint before it with "
+                    f"a lower train.learning_rate or train.skip_threshold",
+                )
+    return None

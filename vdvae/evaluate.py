@@ -1,0 +1,259 @@
+"""Likelihoods that can be repeated: every image once, draws from (seed, image), float64 sums.
+
+Shapes: B batch, C image channels, H W, N latent variables an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vdvae.config import UserError
+from vdvae.model import VDVAE, bits_per_dim
+
+_PER_IMAGE = ("rate_nats_B", "distortion_nats_B", "kl_nats_BL", "variance_nats2_B", "iwae_nats_B")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Per-image terms of the bound, float64 NumPy arrays in nats, in the order of the images.
+
+    Each is a mean over `passes` draws of the posterior.
+    """
+
+    keys: list[str]
+    rate_nats_B: np.ndarray
+    distortion_nats_B: np.ndarray
+    kl_nats_BL: np.ndarray
+    dims: int  # C·H·W
+    passes: int = 1
+    variance_nats2_B: np.ndarray | None = None  # of the negative ELBO over draws; from 2 passes on
+    iwae_nats_B: np.ndarray | None = None  # minus the importance-weighted bound
+    iwae: int = 0  # its number of draws; 0: it was not asked for
+
+    @property
+    def bits_per_dim_B(self) -> np.ndarray:
+        """Negative ELBO in bits/dim, image by image."""
+        return self._bits(self.rate_nats_B + self.distortion_nats_B)
+
+    def _bits(self, nats: np.ndarray) -> np.ndarray:
+        bits = bits_per_dim(torch.from_numpy(nats), self.dims)
+        assert isinstance(bits, Tensor)
+        return bits.numpy()
+
+    def summary(self) -> dict[str, float | int]:
+        """Means over images under the names of metrics.json, with their standard errors.
+
+        `bits_per_dim_se` is the error over images; `bits_per_dim_se_draws`, from 2 passes on, that
+        over draws of the posterior for these very images, which more passes make smaller.
+        """
+        bits = self.bits_per_dim_B
+        found: dict[str, float | int] = {
+            "bits_per_dim": float(bits.mean()),
+            "bits_per_dim_se": standard_error(bits),
+            "rate_bits_per_dim": float(bits_per_dim(self.rate_nats_B.mean(), self.dims)),
+            "distortion_bits_per_dim": float(
+                bits_per_dim(self.distortion_nats_B.mean(), self.dims)
+            ),
+            "nats_per_dim": float(bits.mean() * math.log(2)),
+            "images": len(bits),
+        }
+        if self.variance_nats2_B is not None:
+            nats = math.sqrt(self.variance_nats2_B.sum() / self.passes) / len(bits)
+            found["bits_per_dim_se_draws"] = float(bits_per_dim(nats, self.dims))
+        if self.iwae_nats_B is not None:
+            iwae = self._bits(self.iwae_nats_B)
+            found |= {
+                "iwae_bits_per_dim": float(iwae.mean()),
+                "iwae_bits_per_dim_se": standard_error(iwae),
+                "iwae_nats_per_dim": float(iwae.mean() * math.log(2)),
+            }
+        return found
+
+    def rate_bits_per_dim_L(self) -> np.ndarray:
+        """The mean rate of each stochastic layer in bits/dim, top first; their sum is the rate."""
+        return self._bits(self.kl_nats_BL.mean(axis=0))
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean over images, as an estimate for the population they come from."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def seed_of(*parts: str | int) -> int:
+    """A 63-bit seed that depends on all parts, for a generator of its own."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def content_key(x_CHW: Tensor) -> str:
+    """The sha256 of a uint8 image's shape and pixels, in hex: equal images draw equal noise."""
+    header = f"{tuple(x_CHW.shape)}".encode()
+    return hashlib.sha256(header + x_CHW.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def image_noise(model: VDVAE, x_BCHW: Tensor, seed: int, draw: int = 0) -> Tensor:
+    """Posterior noise [B,N] of (seed, image, number of the draw) alone, not of the batch."""
+    again = (draw,) if draw else ()
+    rows = []
+    for x_CHW in x_BCHW:
+        key = seed_of("evaluate", seed, content_key(x_CHW), *again)
+        generator = torch.Generator().manual_seed(key)
+        rows.append(torch.randn(model.config.num_latents, generator=generator))
+    parameter = model.decoder.gain
+    return torch.stack(rows).to(parameter.device, parameter.dtype)
+
+
+@torch.no_grad()
+def score(
+    model: VDVAE,
+    x_BCHW: Tensor,
+    seed: int,
+    keys: list[str] | None = None,
+    *,
+    passes: int = 1,
+    iwae: int = 0,
+) -> Scores:
+    """The bounds of one batch of uint8 images.
+
+    Args:
+        model: on its device.
+        x_BCHW: images, uint8.
+        seed: of the posterior's draws, with each image's content.
+        keys: names of the images; by default their numbers.
+        passes: draws of the posterior that the ELBO is averaged over.
+        iwae: draws of the importance-weighted bound -log 1/K sum p(x,z_k)/q(z_k given x)
+            (Burda et al. 2016); 0 leaves it out, 1 is the ELBO with a sampled KL.
+
+    Raises:
+        UserError: for fewer than 1 pass or 0 importance samples.
+    """
+    if passes < 1 or iwae < 0:
+        raise UserError(f"passes {passes} and iwae {iwae}: must be at least 1 and 0")
+    x = x_BCHW.to(model.decoder.gain.device)
+    kl_nats_BL: np.ndarray | float = 0.0
+    distortion_nats_B: np.ndarray | float = 0.0
+    neg_elbo_nats_PB = []
+    for draw in range(passes):
+        elbo = model(x, image_noise(model, x_BCHW, seed, draw))
+        kl, distortion = elbo.kl_nats_LB.T.double().cpu(), elbo.distortion_nats_B.double().cpu()
+        neg_elbo_nats_PB.append((kl.sum(dim=1) + distortion).numpy())
+        kl_nats_BL = kl_nats_BL + kl.numpy() / passes
+        distortion_nats_B = distortion_nats_B + distortion.numpy() / passes
+    assert not isinstance(kl_nats_BL, float)
+    assert not isinstance(distortion_nats_B, float)
+
+    log_weights_nats_B: Tensor | None = None
+    for draw in range(iwae):
+        elbo = model(x, image_noise(model, x_BCHW, seed, draw), at_the_draw=True)
+        kl_nats_B = elbo.kl_nats_LB.double().sum(dim=0)
+        log_weight_nats_B = -(kl_nats_B + elbo.distortion_nats_B.double()).cpu()
+        log_weights_nats_B = (
+            log_weight_nats_B
+            if log_weights_nats_B is None
+            else torch.logaddexp(log_weights_nats_B, log_weight_nats_B)
+        )
+    return Scores(
+        keys=keys if keys is not None else [str(index) for index in range(len(x_BCHW))],
+        rate_nats_B=kl_nats_BL.sum(axis=1),
+        distortion_nats_B=distortion_nats_B,
+        kl_nats_BL=kl_nats_BL,
+        dims=model.config.dims,
+        passes=passes,
+        variance_nats2_B=np.var(neg_elbo_nats_PB, axis=0, ddof=1) if passes > 1 else None,
+        iwae_nats_B=None
+        if log_weights_nats_B is None
+        else (math.log(iwae) - log_weights_nats_B).numpy(),
+        iwae=iwae,
+    )
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of several batches, or of several ranks, as one."""
+
+    def whole(name: str) -> np.ndarray | None:
+        arrays = [getattr(part, name) for part in parts]
+        return None if arrays[0] is None else np.concatenate(arrays)
+
+    arrays: dict[str, Any] = {name: whole(name) for name in _PER_IMAGE}
+    return replace(parts[0], keys=[key for part in parts for key in part.keys], **arrays)
+
+
+def interleaved(parts: Sequence[Scores]) -> Scores:
+    """The scores of ranks as one, where rank r of R scored the images r, r + R, r + 2R, ...
+
+    Ranks without an image are left out: they are the last ones, and the others have one each.
+    """
+    place = np.concatenate([np.arange(len(p.keys)) * len(parts) + r for r, p in enumerate(parts)])
+    order = np.argsort(place)
+    whole = joined(parts)
+    arrays: dict[str, Any] = {
+        name: value[order] for name in _PER_IMAGE if (value := getattr(whole, name)) is not None
+    }
+    return replace(whole, keys=[whole.keys[index] for index in order], **arrays)
+
+
+def evaluate(
+    model: VDVAE,
+    batches: Iterable[tuple[list[str], Tensor]],
+    seed: int,
+    images: int,
+    *,
+    passes: int = 1,
+    iwae: int = 0,
+) -> Scores:
+    """The bounds of every image of a split, exactly once.
+
+    Args:
+        model: in float32 on its device; TF32 is off unless the caller turned it on.
+        batches: image keys and uint8 images, each image once.
+        seed: of the posterior's draws.
+        images: how many there must be.
+        passes: see `score`.
+        iwae: see `score`.
+
+    Raises:
+        UserError: where figures are not finite, keys repeat, or the count is another.
+    """
+    parts = [score(model, x, seed, keys, passes=passes, iwae=iwae) for keys, x in batches]
+    if not parts:
+        raise UserError("evaluate: the split holds no images; check its fraction or count")
+    return checked(joined(parts), images)
+
+
+def checked(scores: Scores, images: int) -> Scores:
+    """The scores, where they are of so many different images and all finite.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
+    if len(scores.keys) != images or len(set(scores.keys)) != images:
+        raise UserError(
+            f"evaluate: scored {len(scores.keys)} images under {len(set(scores.keys))} keys, the "
+            f"manifest has {images}; run the shard stage again with -f"
+        )
+    finite_B = np.isfinite(scores.bits_per_dim_B)
+    if scores.iwae_nats_B is not None:
+        finite_B &= np.isfinite(scores.iwae_nats_B)
+    bad = int((~finite_B).sum())
+    if bad:
+        raise UserError(
+            f"evaluate: {bad} of {images} images have a bound that is not finite; the model has "
+            f"diverged: lower train.learning_rate or train.skip_threshold and train again"
+        )
+    return scores
+
+
+def in_batches(
+    keys: list[str], x_NCHW: Tensor, batch_size: int
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Cuts images that are in memory into batches for `evaluate`."""
+    for start in range(0, len(x_NCHW), batch_size):
+        yield keys[start : start + batch_size], x_NCHW[start : start + batch_size]

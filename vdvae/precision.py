@@ -1,0 +1,75 @@
+"""The arithmetic of convolutions and matrix products: float32, TF32 or bfloat16.
+
+KLs, likelihoods, averages and sums stay in float32 or better whatever is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from vdvae.config import UserError
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def exact_float32() -> None:
+    """Turns TF32 off: lower precision moves the bound (the reference is float32)."""
+    _allow_tf32(False)
+
+
+def _allow_tf32(allowed: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuses what the machine does not have.
+
+    Raises:
+        UserError: for an unknown precision, or one that the device does not have.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError(f"precision: tf32 needs a CUDA device, not {device}; use fp32 or bf16")
+    if precision == "bf16" and not _has_bfloat16(device):
+        raise UserError(f"precision: this machine's {device} has no bfloat16; use fp32")
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@contextmanager
+def rounding(precision: str) -> Iterator[None]:
+    """Lets float32 products round their inputs to TF32's 10 bits of mantissa, where it says so.
+
+    It must surround the backward pass, too, which `autocast` must not.
+    """
+    _allow_tf32(precision == "tf32")
+    try:
+        yield
+    finally:
+        exact_float32()
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Runs convolutions and matrix products of a forward pass in bfloat16, where it says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """The arithmetic of forward passes while the block runs; fp32 is the reference.
+
+    Raises:
+        UserError: as `check_precision`.
+    """
+    check_precision(precision, device)
+    with rounding(precision), autocast(precision, device):
+        yield

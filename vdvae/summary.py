@@ -1,0 +1,134 @@
+"""What a model is before it is made: blocks, latents, parameters, arithmetic and memory.
+
+Everything is read off a model on PyTorch's `meta` device, whose tensors have shapes and no bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vdvae.config import DecoderBlock, EncoderBlock, ModelConfig
+from vdvae.model import VDVAE
+
+_FLOAT_BYTES = 4
+_COPIES = 5  # of each weight in training: itself, gradient, two moments of Adam, average
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The part of a model at one resolution."""
+
+    resolution: int
+    encoder_blocks: int
+    decoder_blocks: int  # stochastic layers
+    width: int
+    latents: int  # latent variables an image
+    latent_share: float  # of all of them, up to and with this resolution (Child 2021, Fig. 4)
+    parameters: int
+    forward_flop: int  # an image, two for a multiplication with addition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A model in figures. Input, output and gain belong to no block and are in the totals alone."""
+
+    rows: tuple[Row, ...]  # in ascending resolution
+    encoder_blocks: int
+    decoder_blocks: int
+    latents: int
+    parameters: int
+    forward_flop: int  # bound of one image
+    sampling_flop: int  # one sample
+    activation_bytes: int  # kept for the backward pass, an image, float32
+
+    @property
+    def training_flop(self) -> int:
+        """Of one image: forward, and twice that backward."""
+        return 3 * self.forward_flop
+
+    def training_bytes(self, batch_size: int) -> int:
+        """An estimate of what a training step holds: weights, gradients, moments, average and
+        activations, in float32. Work space of the convolutions comes on top."""
+        state = _COPIES * _FLOAT_BYTES * self.parameters
+        return state + batch_size * self.activation_bytes
+
+
+def summarise(config: ModelConfig, recompute_from: int = 0) -> Summary:
+    """The figures of a config's model, without its memory: seconds for the largest recipe.
+
+    Args:
+        config: of the model.
+        recompute_from: as in TrainConfig; what is computed again is not kept, nor counted as FLOP.
+    """
+    with torch.device("meta"):
+        model = VDVAE(config)
+        model.recompute_from = recompute_from
+        shape = (1, config.image_channels, config.image_size, config.image_size)
+        x_BCHW = torch.empty(shape, dtype=torch.uint8)
+        noise_BN = torch.empty(1, config.num_latents)
+        weights = {id(parameter) for parameter in model.parameters()}
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if id(tensor) not in weights:
+                kept[id(tensor.untyped_storage())] = tensor
+            return tensor
+
+        counter = FlopCounterMode(display=False)
+        with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(x_BCHW, noise_BN)
+        model.requires_grad_(False)
+        sampling = FlopCounterMode(display=False)
+        with sampling:
+            model.likelihood_parameters(1, temperature=0.0)
+    flop = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+
+    encoder, decoder = model.encoder, model.decoder
+    parameters: Counter[int] = Counter()  # by resolution, like all below
+    forward: Counter[int] = Counter()
+    blocks = {"encoder": Counter[int](), "decoder": Counter[int]()}
+    sides: tuple[tuple[str, Sequence[EncoderBlock | DecoderBlock], nn.ModuleList], ...] = (
+        ("encoder", encoder.layout, encoder.blocks),
+        ("decoder", decoder.layout, decoder.blocks),
+    )
+    for side, layout, modules in sides:
+        for index, (entry, block) in enumerate(zip(layout, modules, strict=True)):
+            blocks[side][entry.resolution] += 1
+            parameters[entry.resolution] += sum(weight.numel() for weight in block.parameters())
+            forward[entry.resolution] += flop.get(f"VDVAE.{side}.blocks.{index}", 0)
+    for bias_map in decoder.bias_maps:
+        parameters[bias_map.shape[-1]] += bias_map.numel()
+
+    rows: list[Row] = []
+    entered = 0
+    for resolution in decoder.resolutions:
+        latents = blocks["decoder"][resolution] * config.latent_channels * resolution**2
+        entered += latents
+        rows.append(
+            Row(
+                resolution=resolution,
+                encoder_blocks=blocks["encoder"][resolution],
+                decoder_blocks=blocks["decoder"][resolution],
+                width=config.width_at(resolution),
+                latents=latents,
+                latent_share=entered / config.num_latents,
+                parameters=parameters[resolution],
+                forward_flop=forward[resolution],
+            )
+        )
+    return Summary(
+        rows=tuple(rows),
+        encoder_blocks=len(model.encoder.layout),
+        decoder_blocks=len(model.decoder.layout),
+        latents=config.num_latents,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        forward_flop=counter.get_total_flops(),
+        sampling_flop=sampling.get_total_flops(),
+        activation_bytes=sum(tensor.untyped_storage().nbytes() for tensor in kept.values()),
+    )
