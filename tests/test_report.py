@@ -49,7 +49,7 @@ def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """A copy of it to change, as the current folder."""
     shutil.copytree(trained, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
-    for setting in ("VDVAE_STORE", "VDVAE_RUNS", "MLFLOW_TRACKING_URI"):
+    for setting in ("VDVAE_STORE", "VDVAE_RUNS", "VDVAE_CACHE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(setting, raising=False)
     return tmp_path / "project"
 
@@ -140,7 +140,7 @@ def test_what_is_missing_or_out_of_date_is_said(report: Report) -> None:
 
     write("results/digits/conditions.json", other_weights)
     shutil.rmtree("store")
-    shutil.rmtree("cache", ignore_errors=True)  # what other tests have read from it
+    shutil.rmtree("cache")
     notes: list[str] = []
     page = report(notes=notes)
     assert "Out of date: the figures are not of the model that lies here now" in page
