@@ -96,6 +96,7 @@ check: setup ## format, lint, types, direction of imports
 	@ruff format --check .
 	ruff check .
 	mypy
+	MYPYPATH=benchmarks:tests mypy --follow-imports silent benchmarks/*.py
 	lint-imports
 
 # torch is left out: its build is chosen above. With it go the CUDA libraries of the plain build.

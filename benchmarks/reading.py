@@ -24,49 +24,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from rows import keep
+from sharding import make
 
-from pipeline.params import DataConfig
 from pipeline.shards import BlockCache, Manifest, ShardReader, write_shards
-from pipeline.sources import SourceImage
+from pipeline.sources import open_source
 from pipeline.storage import FileStore, Store, open_store
 
 BATCH = 256
 
 
-class Made:
-    """Smooth random pictures with a little noise, which compress about as photographs do."""
-
-    name, terms = "made", "none"
-
-    def __init__(self, images: int, size: int) -> None:
-        self.images_, self.size, self.notes = images, size, {"made": images}
-
-    def images(self) -> Iterator[SourceImage]:
-        """All of them; validation and test have 8 each."""
-        random_ = np.random.RandomState(0)
-        for number in range(self.images_ + 16):
-            small = Image.fromarray(random_.randint(0, 256, (8, 8, 3)).astype(np.uint8))
-            smooth = small.resize((self.size, self.size), Image.Resampling.BICUBIC)
-            noise = random_.randint(0, 8, (self.size, self.size, 3))
-            image = np.minimum(np.asarray(smooth).astype(int) + noise, 255).astype(np.uint8)
-            split = ("train", "validation", "test")[max(0, (number - self.images_ + 8) // 8)]
-            yield SourceImage(f"made-{number}", image, split)
-
-
 def made(folder: Path, store: Store, images: int, size: int) -> Manifest:
-    """Shards of made images."""
-    data = DataConfig(source="digits", image_size=size, channels=3)
-    return write_shards("made", data, Made(images, size), store, folder / "made.json")
+    """Shards of about so many made images, most of them in train."""
+    raw = folder / "raw"
+    raw.mkdir()
+    data = make(raw, images, size)
+    return write_shards("made", data, open_source("made", data), store, folder / "made.json")
 
 
-def plain(paths: list[str], workers: int, s3: bool) -> Iterable[torch.Tensor]:
+def plain(paths: list[str], workers: int, s3: bool, batch: int = BATCH) -> Iterable[torch.Tensor]:
     """Batches as WebDataset's own documentation makes them."""
     import webdataset
 
@@ -76,7 +57,7 @@ def plain(paths: list[str], workers: int, s3: bool) -> Iterable[torch.Tensor]:
         from pipeline import storage
 
         def opened(url: str, *_: object, **__: object) -> object:
-            bucket, _, key = url.removeprefix("s3://").partition("/")
+            bucket, key = url.removeprefix("s3://").split("/", 1)
             client = storage._s3_client(os.getpid())
             return client.get_object(Bucket=bucket, Key=key)["Body"]
 
@@ -87,9 +68,12 @@ def plain(paths: list[str], workers: int, s3: bool) -> Iterable[torch.Tensor]:
         .decode("rgb8")
         .to_tuple("png")
         .map(lambda sample: sample[0].transpose(2, 0, 1))
-        .batched(BATCH, collation_fn=lambda images: torch.from_numpy(np.stack(images)))
+        .batched(batch, collation_fn=lambda images: torch.from_numpy(np.stack(images)))
     )
-    return webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
+    loader: Iterable[torch.Tensor] = webdataset.WebLoader(
+        dataset, batch_size=None, num_workers=workers
+    )
+    return loader
 
 
 def per_second(batches: Iterable[torch.Tensor], images: int) -> float:
@@ -120,7 +104,7 @@ def rate(url: str | None, images: int, size: int) -> None:
                 reader = ShardReader(manifest, store, "train", cache=cache, workers=workers)
                 batches = reader.batches(BATCH, seed=0)
                 found[f"ours_{state}_{workers}"] = per_second(batches, images)
-                batches.close()  # type: ignore[attr-defined]
+                batches.close()
         seek = ShardReader(manifest, store, "train", cache=cache).batches(BATCH, 0, images // 2)
         began = time.perf_counter()
         next(seek)
@@ -199,7 +183,7 @@ def exact(runs: int = 30) -> None:
                 for parts in itertools.islice(zip(*streams, strict=True), steps):
                     seen += [names[x.numpy().tobytes()] for x in torch.cat(parts)]
                 for stream in streams:
-                    stream.close()  # type: ignore[attr-defined]
+                    stream.close()
                 stops += 1
             right += len(set(seen[:n])) == n and len(set(seen[n : 2 * n])) == n
     keep("reading_exact", runs=runs, stops=stops, each_image_once=right)

@@ -1,7 +1,7 @@
 """Times what a recipe does against its plain twin, in one process and run, and keeps the rows.
 
     python benchmarks/recipe.py cifar10 [--batch 4] [--steps 10] [--threads 2] [--device cpu]
-        [--precision bf16] [--compile] [--recompute-from 1] [--only step,update,evaluate,sample]
+        [--precision bf16] [--compile] [--recompute-from 1] [--only step,evaluate,load]
 
 Ours is what the options say, in channels-last memory with fused updates; the twin is PyTorch as it
 comes: float32, its default memory layout, nothing compiled, one parameter updated after the other.
@@ -10,12 +10,15 @@ ours, before the twin is made. The limits, a matrix product and a copy, are meas
 
 Rows: `step`, a whole training step; `update`, what of it is optimiser and averages alone, whose
 limit is memory; `checkpoint`, the pause of a step while a state is taken, where the twin waits for
-the disk; `evaluate`, the bound of a batch; `sample`, drawing a batch.
+the disk; `evaluate`, the bound of a batch; `sample`, drawing a batch; `load`, reading some hundred
+or thousand made images of the recipe's size in random order, from the cache of decoded shards,
+where the twin is a plain WebDataset pipeline on the same tars (more: benchmarks/reading.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 import time
@@ -24,10 +27,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from reading import made, plain
 from rows import keep
 from torch import Tensor
 
 from pipeline.params import Recipe, load_recipe
+from pipeline.shards import BlockCache, Manifest, ShardReader
+from pipeline.storage import FileStore
 from vdvae.checkpoint import StateWriter
 from vdvae.config import TrainConfig
 from vdvae.evaluate import score
@@ -35,8 +41,9 @@ from vdvae.precision import arithmetic, exact_float32
 from vdvae.summary import summarise
 from vdvae.training import TrainState, start, update
 
-PARTS = ("step", "update", "checkpoint", "evaluate", "sample")
+PARTS = ("step", "update", "checkpoint", "evaluate", "sample", "load")
 _WARM = 3  # calls that are not counted
+_LOADED_BYTES = 2**25  # of pixels, in one call of `load`, unless one batch has more
 
 
 class Clock:
@@ -115,12 +122,15 @@ class Measure:
         self.x_BCHW = x_BCHW.to(self.device)
         self.noise_BN = torch.randn(batch, model.num_latents, generator=generator).to(self.device)
         self.states: dict[str, TrainState] = {}
+        self.manifest: Manifest | None = None  # of the images of `load`
         self.folder = tempfile.TemporaryDirectory()
         self.writers = {who: StateWriter(Path(self.folder.name) / who, 1) for who in self.configs}
 
     def work(self, part: str, who: str) -> Callable[[], object]:
         """One call of what is measured."""
         config = self.configs[who]
+        if part == "load":
+            return self._load(who)
         if who not in self.states:
             self.states[who] = start(self.recipe.model, config, self.device)
         state = self.states[who]
@@ -133,9 +143,13 @@ class Measure:
         if part == "checkpoint":
             writer = self.writers[who]
             writer.folder.mkdir(exist_ok=True)
-            if who == "ours":
-                return lambda: state.save(writer)
-            return lambda: (state.save(writer), writer.wait())
+
+            def save() -> None:
+                state.save(writer)
+                if who == "twin":
+                    writer.wait()
+
+            return save
 
         def without_gradients() -> object:
             with arithmetic(config.precision, self.device):
@@ -144,6 +158,33 @@ class Measure:
                 return state.ema.sample(len(self.x_BCHW))
 
         return without_gradients
+
+    @property
+    def loaded(self) -> int:
+        """Images in one call of `load`."""
+        assert self.manifest
+        batch = len(self.x_BCHW)
+        return self.manifest.splits["train"].images // batch * batch
+
+    def _load(self, who: str) -> Callable[[], object]:
+        folder, batch, model = Path(self.folder.name), len(self.x_BCHW), self.recipe.model
+        store = FileStore(folder / "store")
+        if not self.manifest:
+            images = max(_LOADED_BYTES // model.dims, batch) + 64  # some for the other splits
+            self.manifest = made(folder, store, images, model.image_size)
+        if who == "twin":
+            shards = self.manifest.splits["train"].shards
+            paths = [str(store.folder / shard.key) for shard in shards]
+            return lambda: sum(map(len, plain(paths, 0, s3=False, batch=batch)))
+        cache = BlockCache(folder=folder / "cache", limit_bytes=2**40)
+        reader = ShardReader(self.manifest, store, "train", cache=cache)
+
+        def once() -> None:
+            with contextlib.closing(reader.batches(batch, seed=0)) as batches:
+                for _ in range(self.loaded // batch):
+                    next(batches)
+
+        return once
 
     def peak_mib(self, part: str) -> float:
         """Of ours; called before there is a twin."""
@@ -157,7 +198,8 @@ class Measure:
         """Of ours and of the twin, call by call."""
         ours, twin = self.work(part, "ours"), self.work(part, "twin")
         for _ in range(_WARM):
-            ours(), twin()
+            ours()
+            twin()
         pairs = [(self._timed(ours), self._timed(twin)) for _ in range(self.steps)]
         return [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
 
@@ -215,7 +257,11 @@ def main() -> None:
         ratios = sorted(twin / ours for ours, twin in zip(mine, theirs, strict=True))
         middle, quarter = statistics.median(mine), len(ratios) // 4
         slow, fast = sorted(mine)[-quarter - 1], sorted(mine)[quarter]
-        bytes_moved = 10 * 4 * model.parameters  # weights, moments, averages both ways, gradients
+        images = measure.loaded if part == "load" else batch
+        moved = {
+            "update": 10 * 4 * model.parameters,  # weights, moments, averages both ways, gradients
+            "load": 2 * images * recipe.model.dims,  # pixels, read and written
+        }
         keep(
             "recipe",
             recipe=words.recipe,
@@ -229,11 +275,11 @@ def main() -> None:
             twin_ms=f"{1e3 * statistics.median(theirs):.1f}",
             twin_over_ours=f"{statistics.median(ratios):.2f}",
             quartiles=f"{ratios[quarter]:.2f}-{ratios[-quarter - 1]:.2f}",
-            images_per_second=f"{batch / middle:.2f}",
+            images_per_second=f"{images / middle:.2f}",
             peak_mib=f"{peaks[part]:.0f}",
             gflops=f"{flop[part] / middle / 1e9:.0f}" if part in flop else "",
             matmul_gflops=f"{limits['matmul'] / 1e9:.0f}",
-            gbytes_s=f"{bytes_moved / middle / 1e9:.1f}" if part == "update" else "",
+            gbytes_s=f"{moved[part] / middle / 1e9:.2f}" if part in moved else "",
             copy_gbytes_s=f"{limits['copy'] / 1e9:.1f}",
             steps=words.steps,
             threads=words.threads,

@@ -27,7 +27,8 @@ from pipeline import machine
 from pipeline.journal import BufferedRun
 from pipeline.params import Places, load_recipe
 from pipeline.tracking import curve_point, open_run
-from vdvae.training import Progress, TrainConfig, train
+from vdvae.config import TrainConfig
+from vdvae.training import Progress, train
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from mlflow_server import MlflowServer
@@ -75,6 +76,7 @@ def measure(recipe_name: str, places: Places, pairs: int) -> dict[str, str]:
     size = (recipe.model.image_channels, recipe.model.image_size, recipe.model.image_size)
     x_BCHW = torch.randint(0, 256, (recipe.train.batch_size, *size), dtype=torch.uint8)
     with BufferedRun(opened, folder) as run:
+        assert run._thread.ident
         clock = time.pthread_getcpuclockid(run._thread.ident)
         train(
             recipe.model,

@@ -179,9 +179,18 @@ def test_shards_in_s3_are_those_of_a_folder(s3_url, tmp_path):
         scans.append((manifest, [*reader.scan(200)]))
     (one, [(keys, x_BCHW)]), (other, [(other_keys, other_x_BCHW)]) = scans
     assert one == other and keys == other_keys and x_BCHW.equal(other_x_BCHW)
-    open_store(s3_url).put(one.splits["validation"].shards[0].key, b"damaged")
-    with pytest.raises(UserError, match=r"shard digits-validation-000000.tar: 7 bytes instead of"):
-        next(ShardReader(one, open_store(s3_url), "validation", cache=none).scan(1))
+    shard, there = one.splits["validation"].shards[0], open_store(s3_url)
+    whole = there.get(shard.key)
+    for damaged, words in (
+        (whole[:600] + bytes([whole[600] ^ 1]) + whole[601:], "sha256 mismatch"),
+        (whole[:-512], f"{len(whole) - 512} bytes instead of {len(whole)}"),
+        (b"damaged", f"7 bytes instead of {len(whole)}"),
+        (whole + bytes(512), "more bytes instead of"),
+    ):
+        there.put(shard.key, damaged)
+        sentence = rf"shard {shard.name}: .*{words}.*run 'dvc repro -f -s shard@digits'"
+        with pytest.raises(UserError, match=sentence):
+            next(ShardReader(one, there, "validation", cache=none).scan(1))
 
 
 @pytest.fixture
@@ -218,6 +227,14 @@ def test_requests_that_fail_and_bodies_that_are_cut_lose_nothing(
             store.put(f"{KEY}.{number}", content)
         for number, content in enumerate(data * 3):
             assert store.get(f"{KEY}.{number}") == content
+        uncut = faults.counts["cut"]
+        address = s3_address(s3_url)
+        assert address
+        with storage.S3Folder(*address).open(f"{KEY}.2") as file:  # in parts, as raw tars are read
+            assert file.read(3) == data[2][:3]
+            file.seek(2**20 + 1)
+            assert file.read() == data[2][2**20 + 1 :]
+        assert faults.counts["cut"] > uncut
     assert faults.counts["failed"] >= 3 and faults.counts["cut"] >= 3, faults.counts
 
 

@@ -89,7 +89,7 @@ class ShardReader:
 
     def batches(
         self, batch_size: int, seed: int, start: int = 0, rank: int = 0, ranks: int = 1
-    ) -> Iterator[torch.Tensor]:
+    ) -> Generator[torch.Tensor]:
         """Batches x_BCHW (uint8) without end, each of `batch_size` images, across epochs' ends.
 
         The order is a function of (seed, epoch) and the manifest alone: every image comes once an
