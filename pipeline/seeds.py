@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pipeline import experiment, tracking
 from pipeline.overrides import Overrides
 from pipeline.params import Places, load_recipe
@@ -114,6 +116,7 @@ def _row(recipe: str, seed: int, name: str, revision: str, places: Places) -> di
     folder = f"results/{recipe}"
     metrics = json.loads(experiment.read(revision, f"{folder}/metrics.json"))
     conditions = json.loads(experiment.read(revision, f"{folder}/conditions.json"))
+    settings = yaml.safe_load(experiment.read(revision, "params.yaml"))
     with tempfile.TemporaryDirectory() as scratch:
         run_file = experiment.fetch(revision, f"{folder}/run.json", Path(scratch))
         run = tracking.find_run(places, run_file)
@@ -123,6 +126,7 @@ def _row(recipe: str, seed: int, name: str, revision: str, places: Places) -> di
         "mlflow_run_id": run[1] if run else None,
         "manifest_digest": conditions["manifest_digest"],
         "weights_sha256": conditions["weights_sha256"],
+        "training_precision": settings["recipes"][recipe]["train"]["precision"],
         "evaluation_precision": conditions["precision"],
         **{split: metrics[split] for split in SPLITS},
     }

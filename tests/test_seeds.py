@@ -41,6 +41,7 @@ def test_seeds_killed_in_between_go_on_and_are_read_from_their_experiments(tmp_p
     first = result.read_bytes()
     found = json.loads(first)
     assert [row["seed"] for row in found["seeds"]] == [0, 1]
+    assert [row["training_precision"] for row in found["seeds"]] == ["fp32", "fp32"]
     assert len({row["mlflow_run_id"] for row in found["seeds"]} - {None}) == 2
     shown = project.run(sys.executable, "-m", "dvc", "exp", "show", "--json")
     for split in ("validation", "test"):
