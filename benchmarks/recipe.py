@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import statistics
 import tempfile
 import time
@@ -37,7 +38,7 @@ from pipeline.storage import FileStore
 from vdvae.checkpoint import StateWriter
 from vdvae.config import TrainConfig
 from vdvae.evaluate import score
-from vdvae.precision import arithmetic, exact_float32
+from vdvae.precision import arithmetic, exact_float32, rounding
 from vdvae.summary import summarise
 from vdvae.training import TrainState, start, update
 
@@ -109,11 +110,13 @@ class Measure:
     def __init__(self, recipe: Recipe, words: argparse.Namespace) -> None:
         self.device = torch.device(words.device)
         self.clock, self.recipe, self.steps = Clock(self.device), recipe, words.steps
-        batch = words.batch or recipe.train.batch_size
+        batch = words.batch or recipe.train.batch_size // recipe.train.accumulation
+        recompute = words.recompute_from
+        self.recompute_from = recipe.train.recompute_from if recompute is None else recompute
         plain = replace(recipe.train, batch_size=batch, precision="fp32", compile=False,
                         channels_last=False, recompute_from=0, accumulation=1)  # fmt: skip
         ours = replace(plain, precision=words.precision, compile=words.compile,
-                       channels_last=True, recompute_from=words.recompute_from)  # fmt: skip
+                       channels_last=True, recompute_from=self.recompute_from)  # fmt: skip
         self.configs = {"ours": ours, "twin": plain}
         generator = torch.Generator().manual_seed(0)
         model = recipe.model
@@ -194,14 +197,25 @@ class Measure:
             work()
         return self.clock.peak_mib()
 
-    def seconds(self, part: str) -> tuple[list[float], list[float]]:
-        """Of ours and of the twin, call by call."""
-        ours, twin = self.work(part, "ours"), self.work(part, "twin")
+    def seconds(self, part: str) -> list[tuple[float, float]]:
+        """Of ours and of the twin, call by call; the twin's are NaN where it has no room."""
+        ours, twin = self.work(part, "ours"), self._warm_twin(part)
         for _ in range(_WARM):
             ours()
-            twin()
-        pairs = [(self._timed(ours), self._timed(twin)) for _ in range(self.steps)]
-        return [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
+        return [
+            (self._timed(ours), self._timed(twin) if twin else math.nan) for _ in range(self.steps)
+        ]
+
+    def _warm_twin(self, part: str) -> Callable[[], object] | None:
+        try:
+            twin = self.work(part, "twin")
+            for _ in range(_WARM):
+                twin()
+            return twin
+        except torch.OutOfMemoryError:
+            self.states.pop("twin", None)
+        torch.cuda.empty_cache()
+        return None
 
     def _timed(self, work: Callable[[], object]) -> float:
         for writer in self.writers.values():
@@ -213,8 +227,9 @@ class Measure:
         n = 8192 if self.device.type == "cuda" else 2048
         kind = torch.bfloat16 if self.configs["ours"].precision == "bf16" else torch.float32
         a, b = (torch.randn(n, n, device=self.device).to(kind) for _ in range(2))
-        a @ b
-        return float(2 * n**3 / min(self.clock(lambda: a @ b) for _ in range(10)))
+        with rounding(self.configs["ours"].precision):
+            a @ b
+            return float(2 * n**3 / min(self.clock(lambda: a @ b) for _ in range(10)))
 
     def copy_bytes(self) -> float:
         """Bytes/s, read and written, of a large copy: the best of several."""
@@ -228,13 +243,13 @@ def main() -> None:
     """Measures, prints and appends a row for each part."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe")
-    parser.add_argument("--batch", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=0, help="default: the recipe's, in its parts")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--recompute-from", type=int, default=0)
+    parser.add_argument("--recompute-from", type=int, help="default: the recipe's")
     parser.add_argument("--only", default=",".join(PARTS))
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
@@ -253,8 +268,9 @@ def main() -> None:
         "sample": model.sampling_flop * batch,
     }
     for part in parts:
-        mine, theirs = measure.seconds(part)
-        ratios = sorted(twin / ours for ours, twin in zip(mine, theirs, strict=True))
+        pairs = measure.seconds(part)
+        mine, theirs = zip(*pairs, strict=True)
+        ratios = sorted(twin / ours for ours, twin in pairs)
         middle, quarter = statistics.median(mine), len(ratios) // 4
         slow, fast = sorted(mine)[-quarter - 1], sorted(mine)[quarter]
         images = measure.loaded if part == "load" else batch
@@ -269,7 +285,7 @@ def main() -> None:
             batch=batch,
             precision=words.precision,
             compile=words.compile,
-            recompute_from=words.recompute_from,
+            recompute_from=measure.recompute_from,
             ours_ms=f"{1e3 * middle:.1f}",
             quartiles_ms=f"{1e3 * fast:.0f}-{1e3 * slow:.0f}",
             twin_ms=f"{1e3 * statistics.median(theirs):.1f}",

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.exits import CANCELLED
+from pipeline.exits import BAD_INPUT, CANCELLED
 from vdvae.config import UserError
 
 if TYPE_CHECKING:
@@ -106,23 +106,38 @@ def launch(module: str, name: str, size: int) -> int:
 
 
 def _first_to_fail(processes: list[subprocess.Popen[bytes]]) -> int:
-    """Waits for all; which failed before the others, or the first rank where none did."""
-    first, deadline = 0, float("inf")
-    failed: set[int] = set()
+    """Waits for all; the rank that the others failed after, or the first rank where none did.
+
+    Who breaks off takes the others along within moments, so that they may be seen to fail at once:
+    then it is the one that was killed, or that has a sentence for the user.
+    """
+    failed: dict[int, int] = {}  # exit codes, in the order of the failures
+    deadline = float("inf")
     while any(process.poll() is None for process in processes):
         for rank, process in enumerate(processes):
-            if process.poll() not in (None, 0) and rank not in failed:
-                if not failed:
-                    first = rank
-                failed.add(rank)
+            if rank not in failed and process.poll() not in (None, 0):
+                failed[rank] = process.returncode
                 if process.returncode != CANCELLED:  # after that, all write what they have
                     deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
         if time.monotonic() > deadline:
+            cause = _cause(failed)
             for process in processes:
                 process.terminate()
-            if time.monotonic() > deadline + _GRACE_SECONDS:
-                return first
+            while any(process.poll() is None for process in processes):
+                if time.monotonic() > deadline + _GRACE_SECONDS:
+                    break
+                time.sleep(0.1)
+            return cause
         time.sleep(0.1)
-    if not failed:
-        first = next((r for r, process in enumerate(processes) if process.returncode), 0)
-    return first
+    for rank, process in enumerate(processes):
+        if process.returncode:
+            failed.setdefault(rank, process.returncode)
+    return _cause(failed)
+
+
+def _cause(failed: dict[int, int]) -> int:
+    for wanted in (lambda code: code < 0, lambda code: code == BAD_INPUT, lambda code: True):
+        for rank, code in failed.items():
+            if wanted(code):
+                return rank
+    return 0

@@ -40,11 +40,12 @@ class Usage:
     """What the machine does and what a training has cost, from one point of the curves to the next.
 
     Percentages and memory are the whole machine's, under the names of MLflow's own system
-    metrics. Hours are this process's, on top of what earlier starts of the same run had used.
+    metrics; of the GPUs the first one's. CPU hours are this process's and GPU hours all ranks', on
+    top of what earlier starts of the same run had used.
     """
 
-    def __init__(self, device: str, before: Mapping[str, float]) -> None:
-        self._gpu = device == "cuda"
+    def __init__(self, device: str, before: Mapping[str, float], ranks: int = 1) -> None:
+        self._gpu, self._ranks = device == "cuda", ranks
         self._before = {key: before.get(key, 0.0) for key in ("train/cpu_hours", "train/gpu_hours")}
         self._began = time.monotonic()
         self._clock = _processor_time()
@@ -62,7 +63,7 @@ class Usage:
             "train/cpu_hours": self._before["train/cpu_hours"] + time.process_time() / 3600,
         }
         if self._gpu:
-            hours = (time.monotonic() - self._began) / 3600
+            hours = self._ranks * (time.monotonic() - self._began) / 3600  # a GPU each
             figures["train/gpu_hours"] = self._before["train/gpu_hours"] + hours
             busy_percent, _, used_mib = _ask_gpu("utilization.gpu,memory.used").partition(", ")
             if busy_percent.isdigit() and used_mib.isdigit():  # a GPU may not tell

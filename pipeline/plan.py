@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import machine
+from pipeline.launch import ranks_here
 from pipeline.params import Places, Recipe, load_recipe
 from pipeline.repro import STAGES, pending
 from pipeline.shards import Manifest
@@ -49,22 +50,33 @@ def plan(name: str, probe: bool = True) -> Lines:
         f"{images * found.training_flop / 1e15:,.3f} PFLOP: {train.steps:,} steps, {images:,} "
         f"images",
     )
+    ranks = ranks_here(recipe)
+    images_at_once = _at_once(recipe, ranks)
     yield (
         "memory, training",
-        f"about {_bytes(found.training_bytes(_at_once(recipe)))} in float32 on one device, "
-        f"{_at_once(recipe)} images at once, and the convolutions' work space",
+        f"about {_bytes(_training_bytes(recipe, found, images_at_once))} on each of {ranks} "
+        f"device{'s' if ranks > 1 else ''}, {images_at_once} images at once in float32, and the "
+        f"convolutions' work space",
     )
     yield (
         "memory, evaluation",
         f"about {_bytes(evaluation_bytes(recipe, found))} at {recipe.evaluate.batch_size} images",
     )
     yield from _disk(recipe, places, found)
-    yield "hours of training", _hours(recipe, found) if probe else "not measured (--no-probe)"
+    yield (
+        "hours of training",
+        _hours(recipe, found, ranks) if probe else "not measured (--no-probe)",
+    )
     yield from _stages(name)
 
 
-def _at_once(recipe: Recipe) -> int:
-    return recipe.train.batch_size // recipe.train.accumulation
+def _at_once(recipe: Recipe, ranks: int) -> int:
+    return max(1, recipe.train.batch_size // (ranks * recipe.train.accumulation))
+
+
+def _training_bytes(recipe: Recipe, found: Summary, images_at_once: int) -> int:
+    best = 4 * found.parameters if recipe.train.validate_every else 0  # a copy of the best weights
+    return found.training_bytes(images_at_once) + best
 
 
 def evaluation_bytes(recipe: Recipe, found: Summary) -> int:
@@ -113,14 +125,15 @@ def _disk(recipe: Recipe, places: Places, found: Summary) -> Lines:
     yield "disk, MLflow", f"{_bytes(model)} for each registered version, and pictures"
 
 
-def _hours(recipe: Recipe, found: Summary) -> str:
+def _hours(recipe: Recipe, found: Summary, ranks: int) -> str:
     """Hours by a probe of ten steps, or in words why there is none."""
     import torch
 
-    from vdvae.training import device_of
+    from vdvae.training import check_machine, device_of
 
     try:
         device = device_of(recipe.train)
+        check_machine(recipe.train, device)
     except UserError as error:
         return f"not measured: {error}"
     free = (
@@ -128,15 +141,16 @@ def _hours(recipe: Recipe, found: Summary) -> str:
         if device.type == "cuda"
         else machine.memory_bytes()["MemAvailable"]
     )
-    needed = _WORK_SPACE * found.training_bytes(_at_once(recipe))
+    images_at_once = _at_once(recipe, ranks)
+    needed = _WORK_SPACE * _training_bytes(recipe, found, images_at_once)
     if needed > free:
         return (
-            f"not measured: a step of {_at_once(recipe)} images at once needs about "
+            f"not measured: a step of {images_at_once} images at once needs about "
             f"{_bytes(needed)} and this machine's {device.type} has {_bytes(free)} free; "
             f"raise train.accumulation, set train.recompute_from, or run it where there is more"
         )
     try:
-        seconds = probe_seconds(recipe, device)
+        seconds = probe_seconds(recipe, device, recipe.train.batch_size // ranks)
     except torch.OutOfMemoryError:
         return f"not measured: a step did not fit into the {_bytes(free)} that were free"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine.processor()
@@ -144,12 +158,17 @@ def _hours(recipe: Recipe, found: Summary) -> str:
     return (
         f"{recipe.train.steps * seconds / 3600:,.2f} h at {seconds:.3f} s a step, "
         f"{recipe.train.batch_size / seconds:,.1f} img/s; validation and pictures not counted "
-        f"(median of {_STEPS - _UNCOUNTED} steps with random images, {name}{cores})"
+        f"(median of {_STEPS - _UNCOUNTED} steps with random images, {name}{cores}"
+        + (
+            f", one of {ranks} ranks, what they say to each other not counted)"
+            if ranks > 1
+            else ")"
+        )
     )
 
 
-def probe_seconds(recipe: Recipe, device: torch.device) -> float:
-    """The median time of a training step with the true model and batch, and random images."""
+def probe_seconds(recipe: Recipe, device: torch.device, images: int) -> float:
+    """The median time of a rank's training step with the true model and so many random images."""
     import dataclasses
 
     import torch
@@ -163,12 +182,12 @@ def probe_seconds(recipe: Recipe, device: torch.device) -> float:
     config = dataclasses.replace(recipe.train, skip_threshold=1e30)
     state = start(model, config, device)
     generator = torch.Generator().manual_seed(0)
-    shape = (config.batch_size, model.image_channels, model.image_size, model.image_size)
+    shape = (images, model.image_channels, model.image_size, model.image_size)
     x_BCHW = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
     times = []
     for _ in range(_STEPS):
         began = time.monotonic()
-        noise_BN = torch.randn(config.batch_size, model.num_latents, generator=generator)
+        noise_BN = torch.randn(images, model.num_latents, generator=generator)
         update(state, config, x_BCHW, noise_BN.to(device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)

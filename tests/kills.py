@@ -36,7 +36,7 @@ def child(folder: Path) -> None:
     config = settings(
         steps=STEPS, batch_size=BATCH, checkpoint_every=20, log_every=50, learning_rate=1e-3
     )
-    with ranks() as group:
+    with ranks(torch.device("cpu")) as group:
 
         def batches(seen: int) -> Iterator[torch.Tensor]:
             while True:

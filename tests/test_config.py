@@ -53,6 +53,7 @@ def test_block_strings_are_read_entry_by_entry() -> None:
         ({"decoder": "1x1,8x2"}, "model.decoder: resolution 8 of '1x1,8x2' cannot be reached"),
         ({"decoder": "1x1,4m2,8m4"}, "2 cannot enter 4"),
         ({"decoder": "1x1,2m1,8m2"}, "model.decoder: resolution 2 has no activation"),
+        ({"decoder": "8x1"}, "model.encoder: no block of the decoder reads resolution"),
         ({"decoder": "1x1,4m1"}, "decoder: the last block is at resolution 4 but images are 8x8"),
         ({"image_size": 16}, "encoder: the first block is at resolution 8 but images are 16x16"),
         ({"num_levels": 100}, "100 levels do not survive storage in 8 bits"),

@@ -67,7 +67,7 @@ def part_of_a_run(group: Ranks, folder: Path, config: TrainConfig, until: int) -
 def main(folder: Path) -> None:
     """What each of two ranks does."""
     torch.set_num_threads(1)
-    with ranks() as group:
+    with ranks(torch.device("cpu")) as group:
         found = {
             "float64": losses(group, 200, torch.float64),
             "float32": losses(group, 10, torch.float32),

@@ -76,10 +76,23 @@ def test_layers_that_carried_something_and_died_are_named_by_resolution() -> Non
     lived = [point(n) for n in range(1, 10)]
     died = [point(n, **{"rate_bits_per_dim/res_4": 1e-4}) for n in range(10, 20)]
     step, finding = only(lived + died)
-    assert (step, finding.kind) == (14, "dead_resolution")
+    assert (step, finding.kind) == (14, "dead_resolution.4")
     assert "resolution 4 carried 6.65 nats an image and now carry 0.0011" in finding.text
     never = [point(n, **{"rate_bits_per_dim/res_1": 1e-4}) for n in range(1, 30)]
     assert told(never) == []
+    later = [{**p, "rate_bits_per_dim/res_1": 1e-5} if p["step"] > 12 else p for p in lived + died]
+    assert [(step, finding.kind) for step, finding in told(later)] == [
+        (14, "dead_resolution.4"),
+        (17, "dead_resolution.1"),
+    ]
+
+
+def test_a_spike_or_a_figure_that_is_none_is_not_what_a_resolution_carries() -> None:
+    odd = [point(n, **{"rate_bits_per_dim/res_4": x}) for n, x in enumerate((1e3, math.nan), 1)]
+    lived = [*odd, *(point(n) for n in range(3, 30))]
+    assert told(lived) == []
+    died = [point(n, **{"rate_bits_per_dim/res_4": 1e-4}) for n in range(30, 40)]
+    assert only(lived + died)[1].kind == "dead_resolution.4"
 
 
 def test_latents_that_carry_nothing_are_told() -> None:

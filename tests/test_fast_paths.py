@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from typing import Any
 
@@ -13,7 +14,7 @@ from vdvae.config import ModelConfig, UserError
 from vdvae.doctor import Point
 from vdvae.precision import check_precision
 from vdvae.summary import summarise
-from vdvae.training import TrainState, start, train, update
+from vdvae.training import TrainState, check_machine, start, update
 
 PLAIN = {"warmup_steps": 0, "channels_last": False}
 # Wide enough for every kind of block: pooling, padding, unpooling, 3x3 and 1x1.
@@ -82,8 +83,10 @@ def test_compiled_blocks_are_the_same_step() -> None:
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match=r"train.compile: true needs a C\+\+ compiler"):
-        train(MODEL, settings(compile=True), batches, CPU, lambda p: True)  # type: ignore[arg-type]
+    for device, name in ((CPU, "g++"), (torch.device("cuda"), "gcc")):
+        sentence = f"train.compile: true needs a compiler, and there is none; install {name}, or"
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            check_machine(settings(compile=True), device)
 
 
 def test_bfloat16_is_near_and_its_critical_parts_are_float32() -> None:
@@ -99,7 +102,10 @@ def test_bfloat16_is_near_and_its_critical_parts_are_float32() -> None:
     assert all(value["exp_avg"].dtype == torch.float32 for value in twin.optimiser.state.values())
     with torch.autocast("cpu", torch.bfloat16):
         elbo = twin.model(next(batches(0)), torch.zeros(4, WIDER.num_latents))
+        features = torch.randn(2, WIDER.width, 4, 4)
+        parameters = twin.model.decoder.likelihood_parameters(features)
     assert (elbo.distortion_nats_B.dtype, elbo.kl_nats_LB.dtype) == (torch.float32,) * 2
+    assert torch.equal(parameters, twin.model.decoder.likelihood_parameters(features))
 
 
 def test_training_in_bfloat16_learns() -> None:

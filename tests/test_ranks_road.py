@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import Project
-from test_road import curves
+from test_road import curves, mlflow_runs
 
 from pipeline.exits import CANCELLED
+from pipeline.launch import _cause
 from pipeline.process import environment_of
 
 pytestmark = pytest.mark.integration
@@ -136,7 +137,56 @@ def test_torchrun_starts_the_same_stage(project: Project) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     output = project.run(*torchrun, "-m", "pipeline.stages.train", "digits")
     assert output.count("step 30/30") == 1
-    assert weights(project)
+    undisturbed = weights(project)
+
+    forget_training(project)
+    restarts = (*torchrun, "--max-restarts=1", "-m", "pipeline.stages.train", "digits")
+    child = project.start(*restarts)
+    wait_for_step(child, 15)
+    os.kill(ranks_of(project)[1], signal.SIGKILL)
+    output, _ = child.communicate(timeout=120)
+    assert child.returncode == 0, output
+    assert "resuming at step" in output
+    again = weights(project)
+    assert all(torch.equal(value, again[name]) for name, value in undisturbed.items())
+
+
+def test_what_one_rank_alone_meets_is_what_the_command_says(project: Project) -> None:
+    """Only the first one opens MLflow; the other, which waits for it, breaks off after it."""
+    project.stage("shard", "digits")
+    began = time.monotonic()
+    output = project.stage(
+        "train", "digits", code=2, **TWO, MLFLOW_TRACKING_URI="http://127.0.0.1:9"
+    )
+    assert time.monotonic() - began < 90
+    assert output.count("error: ") == 1
+    assert "MLflow" in output
+    assert "Traceback" not in output
+    assert ranks_of(project) == {}
+
+
+def test_who_was_killed_or_has_a_sentence_is_the_cause() -> None:
+    """Ranks that fail within one look: the others' broken connections are not it."""
+    assert _cause({0: 1, 1: -9, 2: 1}) == 1
+    assert _cause({1: 1, 0: 2}) == 0
+    assert _cause({2: 1, 0: 1}) == 2
+    assert _cause({}) == 0
+
+
+def test_what_the_doctor_finds_is_in_mlflow(project: Project) -> None:
+    def never_learns(params: dict[str, Any]) -> None:
+        params["recipes"]["digits"]["train"].update(
+            gradient_clip=1e-9, skip_threshold=1e-9, max_skipped_in_a_row=7
+        )
+
+    project.set(never_learns)
+    project.stage("shard", "digits")
+    output = project.stage("train", "digits", code=2)
+    (run,) = mlflow_runs(project)
+    assert run.info.status == "FAILED"
+    told = run.data.tags["doctor.streak"]
+    assert told.startswith("step 7: the last 7 updates were all skipped")
+    assert f"doctor: {told}" in output
 
 
 @pytest.mark.parametrize(

@@ -55,14 +55,26 @@ def weights_sha256(project: Project) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def store_uri(project: Project) -> str:
+    return f"sqlite:///{project.folder}/mlruns/mlflow.db"
+
+
+def mlflow_runs(project: Project, uri: str = "") -> list[Any]:
+    """All runs of the project's store, or of another one."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri or store_uri(project))
+    experiment = client.get_experiment_by_name("vdvae")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id]))
+
+
 def curves(project: Project, uri: str = "") -> dict[str, list[int]]:
     """Steps of every curve in MLflow, over all runs of the store."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(uri or f"sqlite:///{project.folder}/mlruns/mlflow.db")
-    experiment = client.get_experiment_by_name("vdvae")
-    assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
+    client = MlflowClient(uri or store_uri(project))
+    (run,) = mlflow_runs(project, uri)
     assert run.info.status == "FINISHED"
     return {
         key: [point.step for point in client.get_metric_history(run.info.run_id, key)]

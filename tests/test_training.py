@@ -185,19 +185,22 @@ def test_a_checkpoint_that_was_damaged_is_passed_over(
     assert found[1]["step"] == 8
 
 
-def test_a_disk_that_fills_up_while_training_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("No space in memory")]
+)
+def test_a_checkpoint_that_cannot_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """The checkpoint is written beside training; what went wrong there ends it all the same."""
     written = checkpoint.write_state
 
     def full(folder: Path, step: int, tensors: Any, state: Any) -> None:
         if step > 4:
-            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+            raise error
         written(folder, step, tensors, state)
 
     monkeypatch.setattr(checkpoint, "write_state", full)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(type(error), match="No space"):
         train(MODEL, settings(), batches, tmp_path, lambda p: True)
     monkeypatch.undo()
     found = read_newest_state(tmp_path)
@@ -227,6 +230,20 @@ def test_only_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
         "step-000000012.json",
         "step-000000012.safetensors",
     ]
+
+
+def test_a_damaged_newest_checkpoint_does_not_outlive_the_good_ones(tmp_path: Path) -> None:
+    config = settings(keep_checkpoints=1, checkpoint_every=1)
+    expected, _ = undisturbed(tmp_path / "a", config)
+    folder = tmp_path / "b"
+    train(MODEL, config, batches, folder, lambda p: p.step < 5)
+    index = folder / "step-000000005.json"
+    whole = index.read_text()
+    index.with_stem("step-000000009").write_text(whole)  # names bytes that are not there
+    train(MODEL, config, batches, folder, lambda p: p.step < 6)
+    assert [path.name for path in folder.glob("*.json")] == ["step-000000006.json"]
+    model, _ = undisturbed(folder, config)
+    assert same(weights(expected), weights(model))
 
 
 def test_checkpoints_of_another_model_are_refused(tmp_path: Path) -> None:

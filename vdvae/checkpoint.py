@@ -68,15 +68,15 @@ class StateWriter:
     One state is written at a time: the next waits for it. As a context, it leaves when the last
     one is on the disk.
 
-    Raises (from every method, and where the block is left without an error):
-        OSError: what the state before could not be written for; those before it are kept.
+    Raises (from every method, and where the block is left without an error): what the state before
+    could not be written for, say an OSError; those before it are kept.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
         self._copies: dict[str, Tensor] = {}  # used again for every state
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -131,8 +131,8 @@ class StateWriter:
     def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         try:
             write_state(self.folder, step, tensors, state)
-            keep_newest_states(self.folder, self.keep)
-        except OSError as error:
+            keep_newest_states(self.folder, self.keep, step)
+        except BaseException as error:  # raised where the next state is written
             self._error = error
 
 
@@ -162,9 +162,16 @@ def read_newest_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] 
     return None
 
 
-def keep_newest_states(folder: Path, count: int) -> None:
-    """Removes all but the newest states, each one's index first, and what a kill left half-way."""
-    for index in sorted(folder.glob("step-*.json"), reverse=True)[count:]:
+def keep_newest_states(folder: Path, count: int, newest: int) -> None:
+    """Removes all but the newest states, each one's index first, and what a kill left half-way.
+
+    Args:
+        newest: the step that was written last; those beyond it were damaged, or training would have
+            gone on from them.
+    """
+    indices = sorted(folder.glob("step-*.json"), reverse=True)
+    beyond = [index for index in indices if index.stem > f"step-{newest:09d}"]
+    for index in [*beyond, *indices[len(beyond) + count :]]:
         index.unlink()
     for path in folder.glob("step-*.safetensors"):
         if not path.with_suffix(".json").exists():

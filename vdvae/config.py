@@ -281,6 +281,12 @@ class ModelConfig(Config):
                     f"model.decoder: resolution {block.resolution} has no activation; the encoder "
                     f"writes {', '.join(map(str, sorted(written)))}: change one of the two"
                 )
+        lowest = encoder[-1].output_resolution
+        if lowest not in {block.resolution for block in decoder}:
+            raise UserError(
+                f"model.encoder: no block of the decoder reads resolution {lowest}, where the "
+                f"encoder ends, so its last blocks would learn nothing: change one of the two"
+            )
         last: tuple[int, int] | None = None
         for resolution in sorted(written, reverse=True):
             width = self.width_at(resolution)
@@ -373,6 +379,11 @@ class TrainConfig(Config):
             raise UserError(
                 f"train.validate_every: {self.validate_every} is not a multiple of "
                 f"train.log_every, {self.log_every}; validations are points of the curves"
+            )
+        if self.batch_size % self.accumulation:
+            raise UserError(
+                f"train.batch_size: {self.batch_size} cannot be divided by train.accumulation, "
+                f"{self.accumulation}; choose a multiple of it"
             )
         if self.patience and not self.validate_every:
             raise UserError(

@@ -5,6 +5,7 @@ Started by torchrun on any number of machines, or by `pipeline.launch` on one.
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vdvae.config import UserError
 
 T = TypeVar("T")
+_PATIENCE = datetime.timedelta(minutes=30)  # with a rank that does not come, say one that reads
 RENDEZVOUS = "VDVAE_RENDEZVOUS"  # file:///path where the ranks of one machine meet without a port
 
 
@@ -101,18 +103,24 @@ def own_gradients(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def ranks() -> Iterator[Ranks]:
+def ranks(device: torch.device) -> Iterator[Ranks]:
     """Joins the other ranks while the block runs (environment: RANK, WORLD_SIZE, ...).
 
     Figures and objects travel over gloo from the CPU, gradients on GPUs over NCCL.
+
+    Args:
+        device: what this run computes on; of several GPUs each rank takes its own.
+
+    Raises:
+        UserError: more ranks than GPUs on this machine.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()
         return
     backend = "gloo"
-    if torch.cuda.is_available():
-        local = int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))  # by itself on its machine, perhaps
         if local >= torch.cuda.device_count():
             raise UserError(
                 f"ranks: more are started on this machine than its {torch.cuda.device_count()} "
@@ -125,8 +133,8 @@ def ranks() -> Iterator[Ranks]:
         init_method=os.environ.get(RENDEZVOUS, "env://"),
         rank=int(os.environ["RANK"]),
         world_size=size,
+        timeout=_PATIENCE,
     )
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(dist.get_rank(), dist.get_world_size())
+    # Not after an error: NCCL would wait here for the others, which wait for this one's end.
+    dist.destroy_process_group()

@@ -7,7 +7,8 @@ says what each is to catch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vdvae.config import ModelConfig, TrainConfig
@@ -19,7 +20,7 @@ _FLAT = 1e-3  # relative fall of the loss between two windows, below which it st
 _KNOWS_NOTHING = 0.8  # of log2(levels): a model of independent pixels is about there
 _SKIPPED = 0.1  # share of an interval's updates
 _ALIVE_NATS = 0.1  # an image: a resolution that once carried this was in use
-_DIED = 0.01  # of the most that a resolution carried
+_DIED = 0.01  # of what a resolution carried most of the time
 _DEAD_POINTS = 5  # in a row
 _QUIET_POINTS = 20
 
@@ -28,7 +29,7 @@ _QUIET_POINTS = 20
 class Finding:
     """One diagnosis with its remedy; `stops` where nothing more would be learnt."""
 
-    kind: str  # not_finite, skips, streak, plateau, collapse or dead_resolution
+    kind: str  # not_finite, skips, streak, plateau, collapse or dead_resolution.<resolution>
     text: str
     stops: bool = False
 
@@ -70,8 +71,9 @@ def streak(config: TrainConfig, skipped_in_a_row: int, norm: float) -> list[Find
 def _examine(model: ModelConfig, config: TrainConfig, history: Sequence[Point]) -> list[Finding]:
     if not history:
         return []
-    checks = (_not_finite, _skips, _plateau, _collapse, _dead_resolution)
-    return [found for check in checks if (found := check(model, config, history)) is not None]
+    checks = (_not_finite, _skips, _plateau, _collapse)
+    found = [finding for check in checks if (finding := check(model, config, history))]
+    return [*found, *_dead_resolutions(model, config, history)]
 
 
 def _not_finite(_: ModelConfig, config: TrainConfig, history: Sequence[Point]) -> Finding | None:
@@ -134,20 +136,24 @@ def _collapse(model: ModelConfig, config: TrainConfig, history: Sequence[Point])
     )
 
 
-def _dead_resolution(
+def _dead_resolutions(
     model: ModelConfig, config: TrainConfig, history: Sequence[Point]
-) -> Finding | None:
+) -> Iterator[Finding]:
     points = _warm(config, history)
-    for key in points[-1] if len(points) > _DEAD_POINTS else ():
-        if key.startswith("rate_bits_per_dim/res_"):
-            nats = [point[key] * model.dims * math.log(2) for point in points]
-            most, now = max(nats), max(nats[-_DEAD_POINTS:])
-            if most > _ALIVE_NATS and now < _DIED * most:
-                resolution = key.rpartition("_")[2]
-                return Finding(
-                    "dead_resolution",
-                    f"the layers at resolution {resolution} carried {most:.3g} nats an image and "
-                    f"now carry {now:.2g}: they have died; go back to a checkpoint before it with "
-                    f"a lower train.learning_rate or train.skip_threshold",
-                )
-    return None
+    for key in points[-1] if points else ():
+        if not key.startswith("rate_bits_per_dim/res_"):
+            continue
+        rates = [point[key] for point in points if math.isfinite(point.get(key, math.nan))]
+        nats = [rate * model.dims * math.log(2) for rate in rates]
+        if len(nats) < 2 * _DEAD_POINTS:
+            continue
+        # The median: a spike after the warm-up is not what a resolution carries.
+        usual, now = statistics.median(nats[:-_DEAD_POINTS]), max(nats[-_DEAD_POINTS:])
+        if usual > _ALIVE_NATS and now < _DIED * usual:
+            resolution = key.rpartition("_")[2]
+            yield Finding(
+                f"dead_resolution.{resolution}",
+                f"the layers at resolution {resolution} carried {usual:.3g} nats an image and "
+                f"now carry {now:.2g}: they have died; start afresh with a lower "
+                f"train.learning_rate or train.skip_threshold",
+            )

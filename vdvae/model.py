@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -277,8 +278,18 @@ class Decoder(nn.Module):
         return F.interpolate(x_BDHW[:, :width], scale_factor=resolution // low, mode="nearest")
 
     def likelihood_parameters(self, x_BDHW: Tensor) -> Tensor:
-        """Parameters of the mixture of logistics: [B,P,H,W]."""
-        return at_least_float32(self.output(x_BDHW * self.gain + self.bias))
+        """Parameters of the mixture of logistics: [B,P,H,W], never computed in bfloat16.
+
+        Near ±1 its numbers are as far apart as half a grey level of 256.
+        """
+        with _without_autocast(x_BDHW.device.type):
+            x: Tensor = self.output(at_least_float32(x_BDHW) * self.gain + self.bias)
+        return x
+
+
+def _without_autocast(kind: str) -> AbstractContextManager[object]:
+    available = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if available else nullcontext()
 
 
 def _of_autocast(x: Tensor) -> Tensor:
@@ -357,6 +368,8 @@ class VDVAE(nn.Module):
         Blocks of one shape share their code, which the whole network, unrolled, would not.
         """
         torch._dynamo.config.recompile_limit = 64  # one entry a shape of block
+        # Blocks are small already; cut at DDP's buckets they would fuse less than on one rank.
+        torch._dynamo.config.optimize_ddp = False
         for block in (*self.encoder.blocks, *self.decoder.blocks):
             block.compile(dynamic=False)
         self._log_prob = torch.compile(dmol_log_prob, dynamic=False)

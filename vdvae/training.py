@@ -154,12 +154,20 @@ def device_of(config: TrainConfig) -> torch.device:
     return torch.device("cuda" if available and config.device != "cpu" else "cpu")
 
 
-def _check_compiler(config: TrainConfig, device: torch.device) -> None:
-    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++")
-    if config.compile and device.type == "cpu" and not any(map(shutil.which, compilers)):
+def check_machine(config: TrainConfig, device: torch.device) -> None:
+    """Refuses what this machine cannot do.
+
+    Raises:
+        UserError: it has not the precision, or no compiler where one is needed.
+    """
+    check_precision(config.precision, device)
+    # Triton needs a C compiler on a GPU.
+    names = ("gcc", "clang") if device.type == "cuda" else ("g++", "clang++")
+    chosen = os.environ.get("CC" if device.type == "cuda" else "CXX", names[0])
+    if config.compile and not any(map(shutil.which, (chosen, *names))):
         raise UserError(
-            "train.compile: true needs a C++ compiler, and there is none; install g++, or set "
-            "train.compile to false"
+            f"train.compile: true needs a compiler, and there is none; install {names[0]}, "
+            f"or set train.compile to false"
         )
 
 
@@ -301,8 +309,9 @@ def train(
     """Trains to the last step, from the newest checkpoint in `folder` where there is one.
 
     To resume, call it again with the same arguments: in float32 on one machine with one number of
-    threads and ranks the finished weights are the same, bit for bit, as if nothing had happened.
-    With another number of ranks data and noise stay the same, and sums are rounded otherwise.
+    threads, on one rank or two, the finished weights are the same, bit for bit, as if nothing had
+    happened. With more ranks, or another number of them, data and noise stay the same, and sums are
+    rounded otherwise.
 
     Args:
         model_config: the model.
@@ -325,8 +334,7 @@ def train(
             has not the precision or the room on disk.
     """
     device, share = device_of(config), share_of(config, ranks)
-    check_precision(config.precision, device)
-    _check_compiler(config, device)
+    check_machine(config, device)
     state = start(model_config, config, device, ranks)
     state.load(folder)
     ranks.check_equal("the step of the newest checkpoint", state.step)
@@ -341,11 +349,17 @@ def train(
             resumed = Progress(state.step, config.steps, None, True, state.history)
             if not ranks.all_agree(on_progress(resumed)):
                 return None
-        stream = batches(state.step * config.batch_size)
+        # The next batch goes to a GPU while this one is worked on.
+        stream = (
+            x_BCHW.to(device, non_blocking=True)
+            for x_BCHW in batches(state.step * config.batch_size)
+        )
+        following = next(stream, None)
         clock, clock_step, saved_at = time.monotonic(), state.step, time.monotonic()
         while not _finished(state, config):
             noise_BN = noise_of(config, state.step, mine, model_config.num_latents, device)
-            x_BCHW = next(stream).to(device, non_blocking=True)
+            assert following is not None, "batches ended"
+            x_BCHW, following = following, next(stream, None)
             figures = update(state, config, x_BCHW, noise_BN, ranks)
             _add_to_window(state.window, figures)
             findings = doctor.streak(config, state.skipped_in_a_row, figures["gradient_norm"])

@@ -49,8 +49,8 @@ def measure(recipe: Recipe, places: Places) -> None:
 
     exact_float32()
     settings, results = recipe.evaluate, places.results(name)
-    with ranks() as group:
-        device = device_of(recipe.train)
+    device = device_of(recipe.train)
+    with ranks(device) as group:
         model = vdvae.load(places.model(name)).to(device)
 
         def score(split: str) -> Scores | None:

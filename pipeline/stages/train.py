@@ -65,13 +65,15 @@ def train(name: str) -> None:
     recipe = load_recipe(name)
 
     from vdvae.distributed import ranks
-    from vdvae.training import device_of
+    from vdvae.training import check_machine, device_of
 
     device = device_of(recipe.train)  # before any data are read: a wrong machine is told at once
+    check_machine(recipe.train, device)
     places = Places.from_env()
     manifest = check_manifest(recipe, Manifest.load(places.manifest(name)))
     folder = places.runs / f"{name}-{run_digest(recipe, manifest)}"
-    with ranks() as group, alone(folder.with_suffix(".lock")) if group.first else nullcontext():
+    lock = folder.with_suffix(".lock")
+    with ranks(device) as group, alone(lock) if group.first else nullcontext():
         if group.first and _recorded_by_dvc(name, folder):
             # Finished and taken over: `dvc repro -f` starts afresh. Renamed first, so that a kill
             # leaves all of it or nothing.
@@ -160,7 +162,7 @@ def _lead(part: _Part, device: str) -> None:
         manifest=part.manifest,
         fresh=fresh,
     )
-    usage = machine.Usage(device, opened.last_values())
+    usage = machine.Usage(device, opened.last_values(), part.group.size)
     every = picture_interval(recipe.train.steps, recipe.train.log_every)
     history: list[Point] = []
     told = 0  # points of it
