@@ -57,7 +57,9 @@ def ranks_here(recipe: Recipe) -> int:
 
 def rank_environment(rank: int, size: int, folder: Path) -> dict[str, str]:
     """What tells a process that it is one of several on this machine, which meet in a folder."""
+    cores = max(1, len(os.sched_getaffinity(0)) // size)  # more threads than cores would spin
     return {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from pipeline.params import load_recipe, read_params
+from pipeline.stages.train import run_digest
 from vdvae.config import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -101,3 +103,20 @@ def test_every_stage_ends_with_one_line_and_code_2(
     )
     assert done.stdout == ""
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("change", "another"),
+    [({"learning_rate": 1e-4}, True), ({"precision": "bf16"}, True), ({"seed": 1}, True),
+     ({"steps": 7}, False), ({"accumulation": 2}, False), ({"keep_checkpoints": 1}, False)],
+)  # fmt: skip
+def test_what_determines_the_weights_begins_another_run(
+    params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any], another: bool,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(ROOT)
+    manifest: Any = SimpleNamespace(digest="0" * 64)
+    before = run_digest(load_recipe("digits", written(tmp_path, params)), manifest)
+    params["recipes"]["digits"]["train"] |= change
+    after = run_digest(load_recipe("digits", written(tmp_path, params)), manifest)
+    assert (after != before) == another

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,8 @@ CPU = torch.device("cpu")
 
 def settings(**changes: Any) -> TrainConfig:
     values = {"steps": 12, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 3}
-    return TrainConfig(**{**values, "log_every": 3, "checkpoint_every": 4, **changes})
+    own = {"log_every": 3, "checkpoint_every": 4, "device": "cpu"}
+    return TrainConfig(**{**values, **own, **changes})
 
 
 def batches(first: int) -> Iterator[torch.Tensor]:
@@ -218,6 +220,40 @@ def test_a_disk_without_room_is_told_at_once(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
     with pytest.raises(UserError, match=r"0.00 GiB are free, but 3 checkpoints need"):
         train(MODEL, settings(), batches, tmp_path, lambda p: True)
+
+
+def test_a_step_does_not_wait_for_the_checkpoint_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, next_step = checkpoint.write_state, threading.Event()
+    in_time: list[bool] = []
+
+    def slow(*state: Any) -> None:
+        in_time.append(next_step.wait(timeout=30))
+        written(*state)
+
+    def on_progress(progress: Progress) -> bool:
+        if progress.step == 5:  # the one after the first checkpoint
+            next_step.set()
+        return True
+
+    monkeypatch.setattr(checkpoint, "write_state", slow)
+    train(MODEL, settings(), batches, tmp_path, on_progress)
+    assert in_time == [True] * 3
+
+
+def test_checkpoints_are_written_by_the_clock_too(tmp_path: Path) -> None:
+    saved: list[int] = []
+
+    def on_progress(progress: Progress) -> bool:
+        saved.extend([progress.step] * progress.saved)
+        return True
+
+    for minutes, steps in ((0.0, [12]), (1e3, [12]), (1e-9, [*range(1, 13)])):
+        config = settings(checkpoint_every=10**6, checkpoint_minutes=minutes)
+        train(MODEL, config, batches, tmp_path / str(minutes), on_progress)
+        assert saved == steps
+        saved.clear()
 
 
 def test_only_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
