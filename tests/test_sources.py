@@ -550,6 +550,63 @@ def test_imagenet_refuses_the_later_release_and_damaged_tars(tmp_path, monkeypat
     refused(data, r"valid_32x32.tar: cannot be read as a tar")
 
 
+def member(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, **fields) -> bytes:
+    """A header and its data, whatever the header says of them."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+
+
+def extended(records: dict[str, str], **fields) -> bytes:
+    """An extended header, for the member that follows."""
+    data = b"".join(
+        next(line for n in range(999) if len(line := f"{n} {key}={value}\n".encode()) == n)
+        for key, value in records.items()
+    )
+    return member("pax", data, tarfile.XHDTYPE, **fields)
+
+
+# What a tar may hold to do harm; each was a traceback, a hang or was taken for good.
+HOSTILE = {
+    "size of -512": member("b.png", size=-512),
+    "size of -512 of a link": member("b.png", kind=tarfile.SYMTYPE, linkname="c", size=-512),
+    "size of -1024 by an extended header": extended({"size": "-1024"}) + member("b.png", b"1"),
+    "size of 2**62": member("b.png", size=2**62),
+    "extended header of 2**62 bytes": extended({}, size=2**62) + member("b.png"),
+    "extended header of 2**20 digits": member("x", b"1" * 2**20, b"x") + member("b.png"),
+    "sparse map of no numbers": extended({"GNU.sparse.map": "abc", "GNU.sparse.size": "9"})
+    + member("b.png", b"1"),
+    "sparse file": extended({"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**20)})
+    + member("b.png", b"1"),
+    "name of 300 bytes": member("a" * 300 + ".png", b"1"),
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
+def test_tars_that_are_made_to_do_harm_are_refused(tmp_path, small_cifar10, hostile):
+    head = member("a.png", png(size=(32, 32)))
+    imagenet_tar(tmp_path / "valid_32x32.tar", [8])
+    (tmp_path / "train_32x32.tar").write_bytes(head + hostile + bytes(1024))
+    data = config("imagenet", tmp_path, image_size=32, validation=1)
+    refused(data, r"train_32x32.tar: cannot be read as a tar \(.+\); get it anew")
+    (tmp_path / "c.tar.gz").write_bytes(gzip.compress(head + hostile + bytes(1024)))
+    refused(cifar(tmp_path / "c.tar.gz"), r"c.tar.gz: (cannot be read as a gzipped|has no data_b)")
+
+
+def test_links_and_devices_in_a_tar_are_left_out(tmp_path):
+    imagenet_tar(tmp_path / "valid_32x32.tar", [8])
+    kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)
+    (tmp_path / "train_32x32.tar").write_bytes(
+        b"".join(member(f"../{name}.png", png(size=(32, 32))) for name in "ab")
+        + b"".join(member("c.png", kind=kind, linkname="/etc/passwd") for kind in kinds)
+        + bytes(1024)
+    )
+    images, notes = read(config("imagenet", tmp_path, image_size=32, validation=1))
+    assert len(images) == 3 and notes["skipped"] == {"link": 4}
+
+
 # imagenet, the later release
 
 
