@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import hashlib
 import io
 import itertools
 import json
+import lzma
 import os
 import signal
 import tarfile
@@ -265,6 +267,58 @@ def png(mode: str = "RGB", size: int = 6, value: int = 0, kind: str = "PNG") -> 
     return out.getvalue()
 
 
+def plain(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, **fields) -> bytes:
+    """A header and its data, whatever the header says of them."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+
+
+def pax(record: bytes) -> bytes:
+    """An extended header, for the member that follows."""
+    return plain("x", b"%d %s\n" % (len(record) + 4, record), tarfile.XHDTYPE)
+
+
+TWO, END = plain("a.png", png()) + plain("b.png", png()), bytes(1024)
+HOSTILE = {
+    "gzip": gzip.compress(TWO + END),
+    "xz": lzma.compress(TWO + END),
+    "link": TWO + plain("c.png", kind=tarfile.SYMTYPE, linkname="/etc/passwd") + END,
+    "hard link": TWO + plain("c.png", kind=tarfile.LNKTYPE, linkname="a.png") + END,
+    "device": TWO + plain("c.png", kind=tarfile.CHRTYPE) + END,
+    "folder": plain("c", kind=tarfile.DIRTYPE) + TWO + END,
+    "name that leads up": plain("a.png", png()) + plain("../x.png", png()) + END,
+    "name with a folder": plain("a.png", png()) + plain("x/b.png", png()) + END,
+    "sparse": plain("a.png", png()) + pax(b"GNU.sparse.map=0,9") + plain("b.png", png()) + END,
+    "extended header": plain("a.png", png()) + pax(b"comment=123456") + plain("b.png", png()) + END,
+    "size of -512": plain("a.png", png()) + plain("b.png", size=-512) + TWO + END,
+    "size beyond the end": plain("a.png", png()) + plain("b.png", size=2**40) + END,
+    "no end": TWO,
+}
+
+
+def forged(manifest: Manifest, store: Store, data: bytes) -> Manifest:
+    """The manifest with a test split of one shard of two images, which holds these bytes."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    key = f"shards/r/{sha256}.tar"
+    store.put(key, data)
+    shard = Shard(name="r-test-000000.tar", key=key, bytes=len(data), sha256=sha256, images=2)
+    splits = {**manifest.splits, "test": Split(images=2, shards=(shard,))}
+    return dataclasses.replace(manifest, splits=splits)
+
+
+@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
+def test_a_shard_holds_images_and_nothing_else(made, data):
+    manifest, store = made
+    assert len(next(ShardReader(forged(manifest, store, TWO + END), store, "test").scan(4))[0]) == 2
+    with pytest.raises(
+        UserError, match=r"r-test-000000.tar: cannot be read \(.+\); run 'dvc repro"
+    ):
+        list(ShardReader(forged(manifest, store, data), store, "test").scan(4))
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
@@ -281,15 +335,8 @@ def png(mode: str = "RGB", size: int = 6, value: int = 0, kind: str = "PNG") -> 
 def test_a_shard_whose_hash_is_right_and_whose_content_is_not(tmp_path, files, words):
     """A manifest can be made to fit anything; what is in the shard is checked all the same."""
     manifest, store = write(tmp_path, config(num_levels=2))
-    data = tar_of(*files)
-    sha256 = hashlib.sha256(data).hexdigest()
-    key = f"shards/r/{sha256}.tar"
-    store.put(key, data)
-    shard = Shard(name="r-test-000000.tar", key=key, bytes=len(data), sha256=sha256, images=2)
-    splits = {**manifest.splits, "test": Split(images=2, shards=(shard,))}
-    forged = dataclasses.replace(manifest, splits=splits)
     with pytest.raises(UserError, match=rf"shard r-test-000000.tar: .*{words}"):
-        list(ShardReader(forged, store, "test").scan(4))
+        list(ShardReader(forged(manifest, store, tar_of(*files)), store, "test").scan(4))
 
 
 def change(path: str, value):
