@@ -372,7 +372,10 @@ def change(path: str, value):
         ("splits/train/images", 22),
         ("splits/train/shards/1/images", 3),
         ("splits/train/shards/1/images", 10**12),
+        ("shape", [4096, 4096, 3]),  # with as many images a shard as before
         ("splits/train/shards/1/bytes", -1),
+        ("splits/train/shards/1/bytes", 0),
+        ("splits/train/shards/1/bytes", 10**9),
         ("splits/train/shards/1/name", "r-train-000000.tar"),
         ("splits/train/shards/1/key", "../../etc/passwd"),
         ("splits/train/shards/1/sha256", "0" * 63),

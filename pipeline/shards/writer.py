@@ -33,6 +33,7 @@ from pipeline.shards.jobs import Workers
 from pipeline.shards.manifest import (
     KEY,
     RECIPE,
+    SHARD_BYTES,
     SPLITS,
     Manifest,
     Shard,
@@ -46,7 +47,6 @@ from pipeline.storage import Store
 from vdvae.config import UserError
 from vdvae.files import atomic_write_json, sha256_of
 
-SHARD_BYTES = 64 * 2**20  # most pixels in a shard, which the writer and the reader hold in memory
 STATES = "shards"  # in VDVAE_RUNS: what sharding that was interrupted goes on from
 _HERE = Path(__file__).parent
 
