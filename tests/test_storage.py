@@ -36,7 +36,7 @@ def test_what_was_put_comes_back(store):
         store.get(KEY)
     data = bytes(range(256)) * 1000
     store.put(KEY, data)
-    assert store.exists(KEY)
+    assert store.exists(KEY) and store.size(KEY) == len(data) and store.size("none") is None
     assert store.get(KEY) == data
     assert store.get(KEY, limit=10) == data[:10]
     assert store.get(KEY, limit=len(data) + 1) == data
@@ -211,6 +211,41 @@ def test_two_writers_of_a_large_object_do_not_clobber_each_other(s3_url, small_p
     assert store.get(KEY) == other
     client = storage._s3_client(os.getpid())
     assert not client.list_multipart_uploads(Bucket="bucket").get("Uploads")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "done"),
+    [
+        (404, "NoSuchUpload", True),  # the answer was lost, and boto3 asked once more
+        (404, "NoSuchUpload", False),
+        (409, "ConditionalRequestConflict", False),  # the other writer gave up
+        (501, "NotImplemented", False),
+    ],
+)
+@pytest.mark.parametrize("size", [100, 6 * 2**20])
+def test_a_put_that_did_not_create_looks_at_what_is_there(
+    s3_url, small_parts, monkeypatch, status, code, done, size
+):
+    from botocore.exceptions import ClientError
+
+    client = storage._s3_client(os.getpid())
+    data = os.urandom(size)
+    last = "put_object" if size < 2**20 else "complete_multipart_upload"
+    real = getattr(client, last)
+
+    def answer(**request):
+        if "IfNoneMatch" not in request:
+            return real(**request)
+        if done:
+            real(**request)
+        response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        raise ClientError(response, last)
+
+    monkeypatch.setattr(client, last, answer)
+    store = open_store(s3_url)
+    store.put(KEY, data)
+    assert store.get(KEY) == data
+    store.delete(KEY)
 
 
 def test_requests_that_fail_and_bodies_that_are_cut_lose_nothing(
