@@ -15,6 +15,7 @@ import signal
 import tarfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from pipeline import storage
 from pipeline.params import DataConfig
 from pipeline.shards import BlockCache, Manifest, Shard, ShardReader, Split, write_shards, writer
 from pipeline.shards.duplicates import find_duplicates
-from pipeline.shards.jobs import open_workers
+from pipeline.shards.jobs import Workers, open_workers
 from pipeline.sources import Item, on_levels
 from pipeline.stages import main
 from pipeline.stages.shard import shard
@@ -575,6 +576,45 @@ def test_what_was_kept_is_taken_only_where_it_still_holds(tmp_path, monkeypatch)
     assert other.source.fingerprint == whole.source.fingerprint
     assert other.splits != whole.splits
     assert write_with(folder, "2", monkeypatch) == whole
+
+
+def test_a_shard_that_was_damaged_meanwhile_is_made_again(tmp_path, monkeypatch):
+    folder = tmp_path / "r"
+    whole = write_with(folder, "1", monkeypatch)
+
+    def stop(manifest: Manifest) -> None:
+        raise KeyboardInterrupt
+
+    def read_back(manifest: Manifest) -> None:
+        list(ShardReader(manifest, FileStore(folder / "store"), "train").scan(4))
+
+    with pytest.raises(KeyboardInterrupt):
+        write_with(folder, "1", monkeypatch, before_manifest=stop)
+    shards = [folder / "store" / shard.key for shard in whole.splits["train"].shards[:2]]
+    shards[0].write_bytes(b"cut")  # seen by its size
+    damage_flip(shards[1])  # seen when it is read
+    with pytest.raises(
+        UserError, match=r"train-000001.tar: sha256 .* run 'dvc repro -f -s shard@r"
+    ):
+        write_with(folder, "1", monkeypatch, before_manifest=read_back)
+    assert write_with(folder, "1", monkeypatch, before_manifest=read_back) == whole
+
+
+class Elsewhere(FileStore):
+    """A folder of the same name, on another machine."""
+
+    def put(self, key, data):
+        pass
+
+
+def test_workers_with_another_store_are_named(tmp_path):
+    with (
+        ThreadPoolExecutor(1) as executor,
+        pytest.raises(UserError, match=r"^store file://.*/store: has no shards/r/.* VDVAE_STORE"),
+    ):
+        write_shards("r", config(), Made(config()), Elsewhere(tmp_path / "store"),
+                     tmp_path / "r.json", workers=Workers(executor, elsewhere=True))  # fmt: skip
+    assert not (tmp_path / "r.json").exists()
 
 
 def test_a_worker_that_is_killed_is_named(tmp_path, monkeypatch):

@@ -252,6 +252,19 @@ def test_folder_follows_no_links_and_waits_for_no_pipes(tmp_path):
     assert len(images) == 1 and notes == {"skipped": {".png": 1, "link": 3}}
 
 
+def test_a_relative_path_is_found_from_another_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    picture().save(tmp_path / "images" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    source = open_source("r", folder("images"))
+    items = list(source.items(map))
+    monkeypatch.chdir("/")  # a worker's
+    assert len(list(pickle.loads(pickle.dumps(source)).load([items[0].at], Counter()))) == 1
+    (tmp_path / "images" / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^images/a.png: is no image"):
+        list(source.load([items[0].at], Counter()))
+
+
 def test_folder_splits_by_stored_pixels(tmp_path):
     for seed in range(200):
         picture(seed=seed).save(tmp_path / f"{seed:03}.png")
