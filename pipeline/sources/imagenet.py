@@ -21,7 +21,8 @@ from pipeline.storage import shown
 from vdvae.config import UserError
 
 URL = "http://www.image-net.org/small/{split}_{size}x{size}.tar"
-LATER_RELEASE = 50_000  # images in its validation set; the paper's has 49,999
+OFFICIAL = (1_281_149, 49_999)  # images in the paper's tars
+LATER_RELEASE = 50_000  # images in its validation set
 _IMAGE_BYTES = 2**24  # of a PNG; one of 64x64 pixels has less than 2**14
 
 
@@ -83,6 +84,11 @@ class ImageNet:
                 f"{self._shown(self.test)}: has {len(test)} images, so it is the later release, "
                 f"whose figures cannot be compared; get the paper's, which has 49,999"
             )
+        if (len(train), len(test)) != OFFICIAL:
+            self.notes["tars"] = (
+                f"not the official ones: {len(train)} + {len(test)} images instead of "
+                f"{OFFICIAL[0]} + {OFFICIAL[1]}"
+            )
         if skipped:
             self.notes["skipped"] = dict(sorted(skipped.items()))
         validation = whole_number(self.recipe, "validation", self.data.validation, len(train))
@@ -105,7 +111,9 @@ class ImageNet:
                 for place in of_tar:
                     file.seek(place.offset)
                     name = f"{self._shown(tar)}: {place.name!a}"
-                    picture = decode(io.BytesIO(file.read(place.size)), name, 3, converted)
+                    picture = decode(
+                        io.BytesIO(file.read(place.size)), name, 3, converted, ("PNG",)
+                    )
                     if picture.size != (size, size):
                         raise UserError(
                             f"{name}: is {picture.width}x{picture.height}, not {size}x{size}; get "
