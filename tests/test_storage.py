@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from faulty_proxy import faulty_proxy
 from s3_server import PORTS, s3_server
 
@@ -271,6 +274,67 @@ def test_requests_that_fail_and_bodies_that_are_cut_lose_nothing(
             assert file.read() == data[2][2**20 + 1 :]
         assert faults.counts["cut"] > uncut
     assert faults.counts["failed"] >= 3 and faults.counts["cut"] >= 3, faults.counts
+
+
+def test_shards_are_written_and_read_through_faults(s3_url, s3, monkeypatch, tmp_path):
+    data = DataConfig(
+        source="digits", image_size=8, channels=1, num_levels=17, validation=180, test=360,
+        shard_images=40,
+    )  # fmt: skip
+    source, plain = open_source("digits", data), open_store(f"file://{tmp_path}/store")
+    expected = write_shards("digits", data, source, plain, tmp_path / "digits.json")
+    cache = BlockCache(folder=tmp_path / "cache", limit_bytes=2**30)
+    with faulty_proxy(s3.endpoint, share=0.1) as faults:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.endpoint)
+        monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount",
+                            lambda *_: 0.01)  # fmt: skip
+        storage._s3_client.cache_clear()
+        store = open_store(s3_url)
+        manifest = write_shards("digits", data, source, store, tmp_path / "digits.json")
+        reader = ShardReader(manifest, store, "train", cache=cache, workers=1)
+        read = torch.cat([x_BCHW for _, x_BCHW in reader.scan(200)])
+    assert faults.counts["failed"] >= 3, faults.counts
+    assert manifest == expected
+    none = BlockCache(folder=tmp_path / "none", limit_bytes=0)
+    [(_, x_BCHW)] = ShardReader(expected, plain, "train", cache=none, workers=0).scan(1257)
+    assert read.equal(x_BCHW)
+
+
+def test_a_server_that_starts_again_while_shards_are_written(tmp_path, monkeypatch):
+    ports = free_ports(len(PORTS))
+    data = DataConfig(
+        source="digits", image_size=8, channels=1, num_levels=17, validation=180, test=360,
+        shard_images=10,
+    )  # fmt: skip
+    source, plain = open_source("digits", data), open_store(f"file://{tmp_path}/store")
+    expected = write_shards("digits", data, source, plain, tmp_path / "digits.json")
+    store, killed = open_store("s3://bucket/again"), threading.Event()
+    # Half of what it is at most: by chance all waits may be shorter than a start of the server.
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 3)
+    (tmp_path / "s3").mkdir()
+    with contextlib.ExitStack() as running:
+        server = running.enter_context(s3_server(tmp_path / "s3", ports))
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        storage._s3_client.cache_clear()
+
+        def kill(images: int) -> None:
+            if images > 200 and not killed.is_set():
+                running.close()
+                killed.set()
+
+        with ThreadPoolExecutor(1) as threads:
+            writing = threads.submit(
+                write_shards, "digits", data, source, store, tmp_path / "digits.json", kill
+            )
+            assert killed.wait(60)
+            time.sleep(0.2)
+            assert not writing.done()  # it tries again
+            with s3_server(tmp_path / "s3", ports):
+                assert writing.result(timeout=100) == expected
+                keys = [shard.key for split in expected.splits.values() for shard in split.shards]
+                assert all(store.get(key) == plain.get(key) for key in keys)
+    storage._s3_client.cache_clear()
 
 
 def test_a_server_that_is_killed_and_starts_again_costs_time_alone(tmp_path, monkeypatch):
