@@ -246,9 +246,9 @@ def test_a_put_that_did_not_create_looks_at_what_is_there(
 
     monkeypatch.setattr(client, last, answer)
     store = open_store(s3_url)
+    store.delete(KEY)  # of the parameters before, whose store it is too
     store.put(KEY, data)
     assert store.get(KEY) == data
-    store.delete(KEY)
 
 
 def test_requests_that_fail_and_bodies_that_are_cut_lose_nothing(
@@ -309,7 +309,7 @@ def test_a_server_that_starts_again_while_shards_are_written(tmp_path, monkeypat
     source, plain = open_source("digits", data), open_store(f"file://{tmp_path}/store")
     expected = write_shards("digits", data, source, plain, tmp_path / "digits.json")
     store, killed = open_store("s3://bucket/again"), threading.Event()
-    # Half of what it is at most: by chance all waits may be shorter than a start of the server.
+    # Left to chance, all waits together may be shorter than a start of the server.
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 3)
     (tmp_path / "s3").mkdir()
     with contextlib.ExitStack() as running:

@@ -176,6 +176,7 @@ def _begin(parent: int) -> None:
 def _dask(address: str) -> Iterator[Workers]:
     try:
         from distributed import Client, KilledWorker
+        from distributed.client import ClosedClientError
     except ModuleNotFoundError:
         raise UserError(
             "VDVAE_DASK: distributed is not installed; run: pip install 'vdvae[dask]', or unset it"
@@ -211,7 +212,7 @@ def _dask(address: str) -> Iterator[Workers]:
         executor = client.get_executor()
         try:
             yield Workers(executor, threads, elsewhere=True, while_waiting=tell_if_deserted)
-        except CancelledError:
+        except (CancelledError, ClosedClientError):
             raise UserError(
                 f"VDVAE_DASK: the scheduler at {address} was lost; start it and its workers again; "
                 f"{_AGAIN}"
