@@ -195,23 +195,9 @@ def _dask(address: str) -> Iterator[Workers]:
                 f"VDVAE_DASK: the scheduler at {address} has no workers; start some with "
                 f"'dask worker {address} --nthreads 1'"
             )
-        told = False
-
-        def tell_if_deserted() -> None:
-            nonlocal told
-            with contextlib.suppress(OSError):  # a scheduler that is lost is told of below
-                deserted = not client.nthreads()
-                if deserted and not told:
-                    print(
-                        f"VDVAE_DASK: the scheduler at {address} has no workers left; waits for "
-                        f"some: 'dask worker {address} --nthreads 1'",
-                        flush=True,
-                    )
-                told = deserted
-
-        executor = client.get_executor()
+        tell = _tell_if_deserted(client, address)
         try:
-            yield Workers(executor, threads, elsewhere=True, while_waiting=tell_if_deserted)
+            yield Workers(client.get_executor(), threads, elsewhere=True, while_waiting=tell)
         except (CancelledError, ClosedClientError):
             raise UserError(
                 f"VDVAE_DASK: the scheduler at {address} was lost; start it and its workers again; "
@@ -222,3 +208,22 @@ def _dask(address: str) -> Iterator[Workers]:
                 f"VDVAE_DASK: a job was given up after its workers had died ({error}); see their "
                 f"logs; {_AGAIN}"
             ) from None
+
+
+def _tell_if_deserted(client: Any, address: str) -> Callable[[], None]:
+    """Says, once each time, that there are no workers to wait for."""
+    told = False
+
+    def tell() -> None:
+        nonlocal told
+        with contextlib.suppress(Exception):  # a lost scheduler is told of by what is waited for
+            deserted = not client.nthreads()
+            if deserted and not told:
+                print(
+                    f"VDVAE_DASK: the scheduler at {address} has no workers left; waiting for "
+                    f"some: 'dask worker {address} --nthreads 1'",
+                    flush=True,
+                )
+            told = deserted
+
+    return tell
