@@ -183,14 +183,20 @@ class S3Store(Store):
         self.root = f"s3://{bucket}/{prefix}".rstrip("/")
 
     def put(self, key: str, data: bytes) -> None:
+        from botocore.exceptions import ClientError
+
         with self._errors("write", key) as client:
             if self._create(client, key, data):
                 return
             place = self._place(key)
             if self._holds(key, data):  # over itself, which alone renews an object's date
                 client.copy_object(**place, CopySource=place, MetadataDirective="REPLACE")
-            else:
+                return
+            try:
                 _upload(client, place, data)
+            except ClientError:
+                if not self._holds(key, data):  # its answer was lost, perhaps
+                    raise
 
     def get(self, key: str, limit: int | None = None) -> bytes:
         with self._errors("read", key) as client:
