@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import time
@@ -11,7 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from pipeline.process import try_lock
+from pipeline.process import alone, try_lock
 from pipeline.sources import cifar10, ffhq, imagenet
 from vdvae.config import UserError
 from vdvae.files import atomic_write_json, sha256_of
@@ -96,7 +97,7 @@ def download(url: str, target: Path, remedy: str) -> None:
             whole = _receive(url, out, part.with_name(f"{part.name}-of"))
         except urllib.error.HTTPError as error:
             raise UserError(f"{url}: {error.code} {error.reason}; {remedy}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             if getattr(error, "filename", None):
                 raise  # the disk's, not the address's
             raise UserError(
@@ -125,9 +126,12 @@ def _receive(url: str, out: BinaryIO, known: Path) -> int | None:
     try:
         answer = urllib.request.urlopen(request, timeout=_PATIENCE_S)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and start:  # nothing after what is here: it was whole already
-            return start
-        raise
+        if error.code != 416 or not start:
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{start}":
+            return start  # nothing after what is here: it was whole already
+        out.truncate(0)  # it is of another file
+        return _receive(url, out, known)
     with answer:
         if answer.status != 206:
             out.truncate(start := 0)
@@ -162,12 +166,13 @@ def hold(file: Path, sums: Path) -> str:
         UserError: it is not what it was.
     """
     found = sha256_of(file)
-    known: dict[str, str] = json.loads(sums.read_text()) if sums.exists() else {}
-    wanted = known.setdefault(file.name, found)
-    if wanted != found:
-        raise UserError(
-            f"{file}: sha256 is {found}, {sums} says {wanted}; remove the file and fetch it again, "
-            f"or remove its line where the new one is right"
-        )
-    atomic_write_json(sums, known)
+    with alone(sums.with_suffix(".lock"), doing=f"writing {sums}"):
+        known: dict[str, str] = json.loads(sums.read_text()) if sums.exists() else {}
+        wanted = known.setdefault(file.name, found)
+        if wanted != found:
+            raise UserError(
+                f"{file}: sha256 is {found}, {sums} says {wanted}; remove the file and fetch it "
+                f"again, or remove its line where the new one is right"
+            )
+        atomic_write_json(sums, known)
     return found

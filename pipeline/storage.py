@@ -54,8 +54,12 @@ class Store(ABC):
         """The object's bytes, at most `limit` of them; ObjectMissing where there is none."""
 
     @abstractmethod
+    def size(self, key: str) -> int | None:
+        """How many bytes an object has; None where there is none."""
+
     def exists(self, key: str) -> bool:
         """Whether an object lies under this key."""
+        return self.size(key) is not None
 
     @abstractmethod
     def list(self) -> Iterator[Stored]:
@@ -142,9 +146,10 @@ class FileStore(Store):
         with self._errors("read", key), path.open("rb") as file:
             return file.read(-1 if limit is None else limit)
 
-    def exists(self, key: str) -> bool:
+    def size(self, key: str) -> int | None:
+        path = self.folder / _checked(key)
         with self._errors("read", key):
-            return (self.folder / _checked(key)).is_file()
+            return path.stat().st_size if path.is_file() else None
 
     def list(self) -> Iterator[Stored]:
         with self._errors("list", "the folder"):
@@ -178,26 +183,32 @@ class S3Store(Store):
         self.root = f"s3://{bucket}/{prefix}".rstrip("/")
 
     def put(self, key: str, data: bytes) -> None:
+        from botocore.exceptions import ClientError
+
         with self._errors("write", key) as client:
             if self._create(client, key, data):
                 return
             place = self._place(key)
-            if self.get(key, len(data) + 1) != data:
-                _upload(client, place, data)
-            else:  # over itself, which alone renews an object's date
+            if self._holds(key, data):  # over itself, which alone renews an object's date
                 client.copy_object(**place, CopySource=place, MetadataDirective="REPLACE")
+                return
+            try:
+                _upload(client, place, data)
+            except ClientError:
+                if not self._holds(key, data):  # its answer was lost, perhaps
+                    raise
 
     def get(self, key: str, limit: int | None = None) -> bytes:
         with self._errors("read", key) as client:
             return _download(client, self._place(key), limit)
 
-    def exists(self, key: str) -> bool:
+    def size(self, key: str) -> int | None:
         try:
             with self._errors("read", key) as client:
-                client.head_object(**self._place(key))
+                size: int = client.head_object(**self._place(key))["ContentLength"]
         except ObjectMissing:
-            return False
-        return True
+            return None
+        return size
 
     def list(self) -> Iterator[Stored]:
         start = f"{self.prefix}/" if self.prefix else ""
@@ -211,14 +222,22 @@ class S3Store(Store):
     def _place(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": "/".join(filter(None, (self.prefix, _checked(key))))}
 
+    def _holds(self, key: str, data: bytes) -> bool:
+        try:
+            return self.get(key, len(data) + 1) == data
+        except ObjectMissing:
+            return False
+
     def _create(self, client: Any, key: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
 
         try:
             _upload(client, self._place(key), data, IfNoneMatch="*")
         except ClientError as error:
-            # 412: it is there already; 409: somebody is writing it at this moment.
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (409, 412):
+            # 412: it is there already; 409: somebody is writing it at this moment; 501: the server
+            # knows no conditions. NoSuchUpload: the last answer was lost, and asked for once more.
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if status not in (409, 412, 501) and error.response["Error"]["Code"] != "NoSuchUpload":
                 raise
             return False
         return True

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +16,8 @@ import pytest
 from PIL import Image
 
 from pipeline.params import DataConfig
-from pipeline.shards import Manifest, write_shards
+from pipeline.services.definitions import free_ports
+from pipeline.shards import Manifest, jobs, write_shards
 from pipeline.shards.jobs import open_workers
 from pipeline.sources import open_source
 from pipeline.storage import FileStore
@@ -95,6 +100,60 @@ def test_a_worker_that_dies_costs_nothing_and_bad_images_are_named(
     (Path(data.path) / "500.png").write_bytes(b"text")
     with pytest.raises(UserError, match=r"500.png: is no image in PNG"):
         write(tmp_path, data)
+
+
+def start(*words: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "dask", *words, "--no-dashboard", "--host", "127.0.0.1"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("when", ["while it waits", "between two jobs"])
+def test_a_cluster_that_is_lost_on_the_way(
+    when: str,
+    tmp_path: Path,
+    data: DataConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *_paths()]))
+    monkeypatch.setattr(jobs, "_PATIENCE_S", 0.3)
+    real = distributed.Client
+    impatient = {"timeout": 3}  # then it gives the scheduler up
+    monkeypatch.setattr(distributed, "Client", lambda at, **how: real(at, **(how | impatient)))
+    (port,) = free_ports(1)
+    address = f"tcp://127.0.0.1:{port}"
+    monkeypatch.setenv("VDVAE_DASK", address)
+    scheduler = start("scheduler", "--port", str(port))
+    worker = start("worker", address, "--nthreads", "1", "--no-nanny")
+
+    def lose_all() -> None:
+        worker.kill()
+        time.sleep(2)
+        scheduler.kill()
+
+    def on_progress(images: int) -> None:
+        if images <= 7 and when == "between two jobs":
+            scheduler.kill()
+            time.sleep(5)
+        elif images <= 7:
+            threading.Thread(target=lose_all).start()
+            worker.wait()
+
+    try:
+        with real(address, timeout=60, set_as_default=False) as client:
+            client.wait_for_workers(1)
+        with (
+            pytest.raises(UserError, match=rf"VDVAE_DASK: .*{address} was lost; .*go on$"),
+            open_workers() as workers,
+        ):
+            write_shards("r", data, open_source("r", data), FileStore(tmp_path / "store"),
+                         tmp_path / "r.json", on_progress, workers=workers)  # fmt: skip
+        told = capsys.readouterr().out.count(f"{address} has no workers left")
+        assert told == (when == "while it waits")
+    finally:
+        for process in (scheduler, worker):
+            process.kill()
+            process.wait()
 
 
 def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from range_server import Server, range_server
 
 from pipeline import fetch
 from pipeline.cli import main
-from pipeline.fetch import DATA, fetch_data
+from pipeline.fetch import DATA, fetch_data, hold
 from pipeline.process import try_lock
 from vdvae.config import UserError
 
@@ -63,6 +64,38 @@ def test_another_file_is_not_appended_to_the_beginning_of_one(mirror: str) -> No
     assert TARGET.read_bytes() == WHOLE
 
 
+@pytest.mark.parametrize("tells_size", [True, False])
+@pytest.mark.parametrize("change", [0, 1, -1000])
+def test_what_lies_there_already_is_whole_or_is_fetched_anew(
+    mirror: str, tells_size: bool, change: int
+) -> None:
+    Server.tells_size = tells_size
+    TARGET.parent.mkdir(parents=True)
+    part = TARGET.with_name(f"{TARGET.name}.part")
+    part.write_bytes((WHOLE + b"x")[: len(WHOLE) + change])
+    fetch_data("cifar10", mirror)
+    assert TARGET.read_bytes() == WHOLE
+    whole = change == 0 and tells_size
+    assert Server.ranges[1:] == ([] if whole or change < 0 else [None])
+
+
+def test_an_answer_in_chunks_that_is_cut_is_gone_on_with(mirror: str) -> None:
+    Server.chunked, Server.cut = True, 100_000
+    with pytest.raises(UserError, match=r"cannot be fetched \(.+\); run the same command again"):
+        fetch_data("cifar10", mirror)
+    fetch_data("cifar10", mirror)
+    assert TARGET.read_bytes() == WHOLE
+
+
+def test_hashes_written_at_once_are_all_kept(tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.bin" for number in range(20)]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda file: hold(file, tmp_path / "sums.json"), files))
+    assert set(json.loads((tmp_path / "sums.json").read_text())) == {file.name for file in files}
+
+
 def test_a_file_without_a_published_hash_is_held_to_the_first(
     mirror: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,7 +113,12 @@ def test_what_does_not_come_is_told_with_what_helps(
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        for address, words in ((f"{mirror}/gone", "404"), (closed, "refused"), ("x:y", "unknown")):
+        for address, words in (
+            (f"{mirror}/gone", "404"),
+            (closed, "refused"),
+            ("x:y", "unknown"),
+            ("http://host:abc/", "nonnumeric port"),
+        ):
             with pytest.raises(SystemExit) as ended:
                 main(["fetch", "imagenet32", "--mirror", address])
             said = capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import random
@@ -12,12 +13,15 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from test_shards import CUTS, Counting, config, write
 
 from pipeline.shards import BlockCache, Manifest, ShardReader
+from pipeline.shards.decode import Decoded
+from pipeline.shards.reader import _Reading
 from pipeline.storage import FileStore
 from vdvae.config import UserError
 
@@ -55,11 +59,58 @@ def test_a_damaged_block_is_made_again_and_told_of(made, tmp_path, capfd, damage
     assert path.read_bytes() == whole
 
 
-def test_a_disk_that_keeps_nothing_right_ends_it(made, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("call", "gives"), [("preadv", 0), ("pread", b"")])  # images, the index
+def test_a_disk_that_keeps_nothing_right_ends_it(made, tmp_path, monkeypatch, call, gives):
     manifest, store = made
-    monkeypatch.setattr("pipeline.shards.cache.os.preadv", lambda *_: 0)
+    monkeypatch.setattr(f"pipeline.shards.cache.os.{call}", lambda *_: gives)
     with pytest.raises(UserError, match=r"cache: what was just written .* set VDVAE_CACHE to"):
         images(manifest, store, cache=cache_in(tmp_path))
+
+
+def test_what_was_reserved_on_disk_is_kept_until_it_is_written(tmp_path):
+    cache, sizes = cache_in(tmp_path), []
+
+    class Watched(np.ndarray):
+        @property
+        def data(self):
+            sizes.append((cache.folder / "a.tmp").stat().st_size)
+            return np.asarray(self).data
+
+    pixels = np.zeros((2, 3, 6, 6), np.uint8)
+    assert cache.add("a", 2, pixels.size, lambda: Decoded(["x", "y"], pixels.view(Watched)))
+    assert sizes and min(sizes) >= pixels.size
+    block = cache.open("a", pixels.shape)
+    assert block and block.keys_N == ["x", "y"]
+
+
+def test_a_shard_that_could_not_be_read_ahead_is_asked_for_again(made, tmp_path):
+    manifest, counting = made
+    store = FileStore(counting.folder)
+    path = store.folder / manifest.splits["train"].shards[1].key
+    path.rename(tmp_path / "away")
+    reader = ShardReader(manifest, store, "train", cache=cache_in(tmp_path), workers=1)
+    reading = _Reading(reader, True, 0)
+    try:
+        for _ in range(3):
+            reading._enter((0,), (1,))
+            assert isinstance(reading._held[1].exception(timeout=60), UserError)
+            assert len(decoders()) == 1  # which goes on after what it refused
+        (tmp_path / "away").rename(path)
+        reading._enter((1,), ())
+        assert len(reading._block(1).keys_N) == 4
+    finally:
+        reading.close()
+
+
+def test_a_window_of_many_shards_is_made_at_once(made):
+    manifest, store = made
+    train = manifest.splits["train"]
+    many = dataclasses.replace(train, shards=train.shards[:1] * 20_000, images=80_000)
+    splits = {**manifest.splits, "train": many}
+    reader = ShardReader(dataclasses.replace(manifest, splits=splits), store, "train")
+    began = time.monotonic()
+    assert len(list(reader._windows(range(20_000)))) == 1
+    assert time.monotonic() - began < 2
 
 
 def test_room_is_made_by_age_but_never_of_what_is_in_use(made, tmp_path):

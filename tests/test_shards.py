@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import hashlib
 import io
 import itertools
 import json
+import lzma
 import os
 import signal
 import tarfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,7 @@ from pipeline import storage
 from pipeline.params import DataConfig
 from pipeline.shards import BlockCache, Manifest, Shard, ShardReader, Split, write_shards, writer
 from pipeline.shards.duplicates import find_duplicates
-from pipeline.shards.jobs import open_workers
+from pipeline.shards.jobs import Workers, open_workers
 from pipeline.sources import Item, on_levels
 from pipeline.stages import main
 from pipeline.stages.shard import shard
@@ -265,6 +268,58 @@ def png(mode: str = "RGB", size: int = 6, value: int = 0, kind: str = "PNG") -> 
     return out.getvalue()
 
 
+def plain(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, **fields) -> bytes:
+    """A header and its data, whatever the header says of them."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+
+
+def pax(record: bytes) -> bytes:
+    """An extended header, for the member that follows."""
+    return plain("x", b"%d %s\n" % (len(record) + 4, record), tarfile.XHDTYPE)
+
+
+TWO, END = plain("a.png", png()) + plain("b.png", png()), bytes(1024)
+HOSTILE = {
+    "gzip": gzip.compress(TWO + END),
+    "xz": lzma.compress(TWO + END),
+    "link": TWO + plain("c.png", kind=tarfile.SYMTYPE, linkname="/etc/passwd") + END,
+    "hard link": TWO + plain("c.png", kind=tarfile.LNKTYPE, linkname="a.png") + END,
+    "device": TWO + plain("c.png", kind=tarfile.CHRTYPE) + END,
+    "folder": plain("c", kind=tarfile.DIRTYPE) + TWO + END,
+    "name that leads up": plain("a.png", png()) + plain("../x.png", png()) + END,
+    "name with a folder": plain("a.png", png()) + plain("x/b.png", png()) + END,
+    "sparse": plain("a.png", png()) + pax(b"GNU.sparse.map=0,9") + plain("b.png", png()) + END,
+    "extended header": plain("a.png", png()) + pax(b"comment=123456") + plain("b.png", png()) + END,
+    "size of -512": plain("a.png", png()) + plain("b.png", size=-512) + TWO + END,
+    "size beyond the end": plain("a.png", png()) + plain("b.png", size=2**40) + END,
+    "no end": TWO,
+}
+
+
+def forged(manifest: Manifest, store: Store, data: bytes) -> Manifest:
+    """The manifest with a test split of one shard of two images, which holds these bytes."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    key = f"shards/r/{sha256}.tar"
+    store.put(key, data)
+    shard = Shard(name="r-test-000000.tar", key=key, bytes=len(data), sha256=sha256, images=2)
+    splits = {**manifest.splits, "test": Split(images=2, shards=(shard,))}
+    return dataclasses.replace(manifest, splits=splits)
+
+
+@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
+def test_a_shard_holds_images_and_nothing_else(made, data):
+    manifest, store = made
+    assert len(next(ShardReader(forged(manifest, store, TWO + END), store, "test").scan(4))[0]) == 2
+    with pytest.raises(
+        UserError, match=r"r-test-000000.tar: cannot be read \(.+\); run 'dvc repro"
+    ):
+        list(ShardReader(forged(manifest, store, data), store, "test").scan(4))
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
@@ -281,15 +336,8 @@ def png(mode: str = "RGB", size: int = 6, value: int = 0, kind: str = "PNG") -> 
 def test_a_shard_whose_hash_is_right_and_whose_content_is_not(tmp_path, files, words):
     """A manifest can be made to fit anything; what is in the shard is checked all the same."""
     manifest, store = write(tmp_path, config(num_levels=2))
-    data = tar_of(*files)
-    sha256 = hashlib.sha256(data).hexdigest()
-    key = f"shards/r/{sha256}.tar"
-    store.put(key, data)
-    shard = Shard(name="r-test-000000.tar", key=key, bytes=len(data), sha256=sha256, images=2)
-    splits = {**manifest.splits, "test": Split(images=2, shards=(shard,))}
-    forged = dataclasses.replace(manifest, splits=splits)
     with pytest.raises(UserError, match=rf"shard r-test-000000.tar: .*{words}"):
-        list(ShardReader(forged, store, "test").scan(4))
+        list(ShardReader(forged(manifest, store, tar_of(*files)), store, "test").scan(4))
 
 
 def change(path: str, value):
@@ -325,7 +373,10 @@ def change(path: str, value):
         ("splits/train/images", 22),
         ("splits/train/shards/1/images", 3),
         ("splits/train/shards/1/images", 10**12),
+        ("shape", [4096, 4096, 3]),  # with as many images a shard as before
         ("splits/train/shards/1/bytes", -1),
+        ("splits/train/shards/1/bytes", 0),
+        ("splits/train/shards/1/bytes", 10**9),
         ("splits/train/shards/1/name", "r-train-000000.tar"),
         ("splits/train/shards/1/key", "../../etc/passwd"),
         ("splits/train/shards/1/sha256", "0" * 63),
@@ -525,6 +576,45 @@ def test_what_was_kept_is_taken_only_where_it_still_holds(tmp_path, monkeypatch)
     assert other.source.fingerprint == whole.source.fingerprint
     assert other.splits != whole.splits
     assert write_with(folder, "2", monkeypatch) == whole
+
+
+def test_a_shard_that_was_damaged_meanwhile_is_made_again(tmp_path, monkeypatch):
+    folder = tmp_path / "r"
+    whole = write_with(folder, "1", monkeypatch)
+
+    def stop(manifest: Manifest) -> None:
+        raise KeyboardInterrupt
+
+    def read_back(manifest: Manifest) -> None:
+        list(ShardReader(manifest, FileStore(folder / "store"), "train").scan(4))
+
+    with pytest.raises(KeyboardInterrupt):
+        write_with(folder, "1", monkeypatch, before_manifest=stop)
+    shards = [folder / "store" / shard.key for shard in whole.splits["train"].shards[:2]]
+    shards[0].write_bytes(b"cut")  # seen by its size
+    damage_flip(shards[1])  # seen when it is read
+    with pytest.raises(
+        UserError, match=r"train-000001.tar: sha256 .* run 'dvc repro -f -s shard@r"
+    ):
+        write_with(folder, "1", monkeypatch, before_manifest=read_back)
+    assert write_with(folder, "1", monkeypatch, before_manifest=read_back) == whole
+
+
+class Elsewhere(FileStore):
+    """A folder of the same name, on another machine."""
+
+    def put(self, key, data):
+        pass
+
+
+def test_workers_with_another_store_are_named(tmp_path):
+    with (
+        ThreadPoolExecutor(1) as executor,
+        pytest.raises(UserError, match=r"^store file://.*/store: has no shards/r/.* VDVAE_STORE"),
+    ):
+        write_shards("r", config(), Made(config()), Elsewhere(tmp_path / "store"),
+                     tmp_path / "r.json", workers=Workers(executor, elsewhere=True))  # fmt: skip
+    assert not (tmp_path / "r.json").exists()
 
 
 def test_a_worker_that_is_killed_is_named(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pickle
 import re
 import struct
 import tarfile
+import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -252,6 +253,19 @@ def test_folder_follows_no_links_and_waits_for_no_pipes(tmp_path):
     assert len(images) == 1 and notes == {"skipped": {".png": 1, "link": 3}}
 
 
+def test_a_relative_path_is_found_from_another_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    picture().save(tmp_path / "images" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    source = open_source("r", folder("images"))
+    items = list(source.items(map))
+    monkeypatch.chdir("/")  # a worker's
+    assert len(list(pickle.loads(pickle.dumps(source)).load([items[0].at], Counter()))) == 1
+    (tmp_path / "images" / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^images/a.png: is no image"):
+        list(source.load([items[0].at], Counter()))
+
+
 def test_folder_splits_by_stored_pixels(tmp_path):
     for seed in range(200):
         picture(seed=seed).save(tmp_path / f"{seed:03}.png")
@@ -333,6 +347,38 @@ def png_of(width: int, height: int, depth: int, kind: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b"")
 
 
+CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # of a PNG's kinds of colour
+
+
+def deep_pixels(kind: int) -> np.ndarray:
+    return np.random.RandomState(kind).randint(0, 2**16, (8, 8, CHANNELS[kind]))
+
+
+def deep_png(kind: int, extra: bytes = b"") -> bytes:
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep_pixels(kind))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + data + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_of_sixteen_bits_the_upper_eight_are_taken(tmp_path, kind, channels):
+    (tmp_path / "a.png").write_bytes(deep_png(kind))
+    turn = Image.Exif()
+    turn[0x0112] = 6
+    (tmp_path / "b.png").write_bytes(deep_png(kind, chunk(b"eXIf", turn.tobytes()[6:])))
+    images, notes = read(folder(tmp_path, channels=channels))
+    shallow = Image.fromarray(np.squeeze((deep_pixels(kind) >> 8).astype(np.uint8)))
+    shallow.save(tmp_path / "a.png")
+    shallow.save(tmp_path / "b.png", exif=turn)
+    wanted, _ = read(folder(tmp_path, channels=channels))
+    for one, other in zip(images, wanted, strict=True):
+        np.testing.assert_array_equal(one.image_HWC, other.image_HWC)
+    assert notes["converted"]["16 bits to 8"] == notes["converted"]["turned upright"] * 2 == 2
+    assert "laid on white" in str(notes) or kind in (0, 2)
+
+
 def animation() -> bytes:
     out = io.BytesIO()
     picture().save(out, "PNG", save_all=True, append_images=[picture(seed=1)])
@@ -356,8 +402,8 @@ def flipped(data: bytes) -> bytes:
         ("a.png", flipped(png()), "cannot be decoded"),
         ("a.png", png_of(20_000, 20_000, 8, 2), "more than 89 million pixels, a decompression"),
         ("a.png", png_of(10_000, 10_000, 8, 2), "more than 89 million pixels, a decompression"),
-        ("a.png", png_of(8, 8, 16, 0), "16 bits a channel"),
-        ("a.png", png_of(8, 8, 16, 2), "16 bits a channel"),
+        ("a.png", deep_png(0, chunk(b"tRNS", bytes(2))), "16 bits a channel and a transparent"),
+        ("a.png", deep_png(2, chunk(b"tRNS", bytes(6))), "16 bits a channel and a transparent"),
         ("a.png", animation(), "is animated"),
         ("a.gif", b"", "images are not read"),
         ("a.TIFF", b"", "images are not read"),
@@ -524,7 +570,8 @@ def test_imagenet_is_in_the_order_of_its_names(tmp_path):
     imagenet_tar(tmp_path / "train_32x32.tar", [5, 3, 9, 1, 7])
     imagenet_tar(tmp_path / "valid_32x32.tar", [20, 10])
     data = config("imagenet", tmp_path, image_size=32, validation=2, split_seed=42)
-    images, _ = read(data)
+    images, notes = read(data)
+    assert notes == {"tars": "not the official ones: 5 + 2 images instead of 1281149 + 49999"}
     last = sorted(np.random.RandomState(42).permutation(5)[-2:])
     found = parts(images)
     assert found["validation"] == [f"imagenet32-train-{rank:07d}" for rank in last]
@@ -546,11 +593,83 @@ def test_imagenet_refuses_the_later_release_and_damaged_tars(tmp_path, monkeypat
     refused(data, r"valid_32x32.tar: has 2 images, so it is the later release")
     imagenet_tar(tmp_path / "valid_32x32.tar", [4], size=64)
     refused(data, r"valid_32x32.tar: 'part/0000004.png': is 64x64, not 32x32")
+    jpeg = io.BytesIO()
+    picture((32, 32)).save(jpeg, "JPEG")
+    (tmp_path / "valid_32x32.tar").write_bytes(member("a.png", jpeg.getvalue()) + bytes(1024))
+    refused(data, r"valid_32x32.tar: 'a.png': is no image in PNG, or is damaged")
     (tmp_path / "valid_32x32.tar").write_bytes(b"no tar")
     refused(data, r"valid_32x32.tar: cannot be read as a tar")
 
 
+def member(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, **fields) -> bytes:
+    """A header and its data, whatever the header says of them."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+
+
+def extended(records: dict[str, str], **fields) -> bytes:
+    """An extended header, for the member that follows."""
+    data = b"".join(
+        next(line for n in range(999) if len(line := f"{n} {key}={value}\n".encode()) == n)
+        for key, value in records.items()
+    )
+    return member("pax", data, tarfile.XHDTYPE, **fields)
+
+
+# What a tar may hold to do harm; each was a traceback, a hang or was taken for good.
+HOSTILE = {
+    "size of -512": member("b.png", size=-512),
+    "size of -512 of a link": member("b.png", kind=tarfile.SYMTYPE, linkname="c", size=-512),
+    "size of -1024 by an extended header": extended({"size": "-1024"}) + member("b.png", b"1"),
+    "size of 2**62": member("b.png", size=2**62),
+    "extended header of 2**62 bytes": extended({}, size=2**62) + member("b.png"),
+    "extended header of 2**20 digits": member("x", b"1" * 2**20, b"x") + member("b.png"),
+    "sparse map of no numbers": extended({"GNU.sparse.map": "abc", "GNU.sparse.size": "9"})
+    + member("b.png", b"1"),
+    "sparse file": extended({"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**20)})
+    + member("b.png", b"1"),
+    "name of 300 bytes": member("a" * 300 + ".png", b"1"),
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
+def test_tars_that_are_made_to_do_harm_are_refused(tmp_path, small_cifar10, hostile):
+    head = member("a.png", png(size=(32, 32)))
+    imagenet_tar(tmp_path / "valid_32x32.tar", [8])
+    (tmp_path / "train_32x32.tar").write_bytes(head + hostile + bytes(1024))
+    data = config("imagenet", tmp_path, image_size=32, validation=1)
+    refused(data, r"train_32x32.tar: cannot be read as a tar \(.+\); get it anew")
+    (tmp_path / "c.tar.gz").write_bytes(gzip.compress(head + hostile + bytes(1024)))
+    refused(cifar(tmp_path / "c.tar.gz"), r"c.tar.gz: (cannot be read as a gzipped|has no data_b)")
+
+
+def test_links_and_devices_in_a_tar_are_left_out(tmp_path):
+    imagenet_tar(tmp_path / "valid_32x32.tar", [8])
+    kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)
+    (tmp_path / "train_32x32.tar").write_bytes(
+        b"".join(member(f"../{name}.png", png(size=(32, 32))) for name in "ab")
+        + b"".join(member("c.png", kind=kind, linkname="/etc/passwd") for kind in kinds)
+        + bytes(1024)
+    )
+    images, notes = read(config("imagenet", tmp_path, image_size=32, validation=1))
+    assert len(images) == 3 and notes["skipped"] == {"link": 4}
+
+
 # imagenet, the later release
+
+
+def npz_of(shape: str, method: int = zipfile.ZIP_DEFLATED, inside: bytes = b"") -> bytes:
+    """An archive whose header says what it likes, and with bytes put over its compressed data."""
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}".encode()
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive:
+        archive.writestr("data.npy", b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header)
+    data = out.getvalue()
+    start = 30 + len("data.npy") + 15
+    return data[:start] + inside + data[start + len(inside) :] if inside else data
 
 
 def test_the_later_release_has_a_name_of_its_own(tmp_path):
@@ -575,7 +694,14 @@ def test_the_later_release_has_a_name_of_its_own(tmp_path):
     changed[500] ^= 1
     unfit = io.BytesIO()
     np.savez(unfit, data=np.array([{}]))
-    for damaged in (whole[:-100], bytes(changed), unfit.getvalue(), b"text"):
+    entry = whole.index(b"PK\x01\x02")
+    encrypted, unknown_method = bytearray(whole), bytearray(whole)
+    encrypted[entry + 8], unknown_method[entry + 10] = 1, 99
+    for damaged in (
+        *(whole[:-100], bytes(changed), unfit.getvalue(), b"text", encrypted, unknown_method),
+        *(npz_of(shape) for shape in ("(-1, 3072)", f"({10**15}, 3072)", "((")),
+        npz_of("(3, 3072)", zipfile.ZIP_LZMA, b"damaged"),
+    ):
         path.write_bytes(damaged)
         refused(data, r"train_data_batch_3.npz: cannot be read as such an npz file")
     path.unlink()
@@ -607,6 +733,8 @@ def test_ffhq_array_has_the_published_test_set(tmp_path, small_ffhq):
     refused(data, r"ffhq.npy: is uint8 \(10, 256, 256, 3\), not")
     np.save(tmp_path / "ffhq.npy", np.array([{}]), allow_pickle=True)
     refused(data, r"ffhq.npy: is object \(1,\), not")
+    (tmp_path / "ffhq.npy").write_bytes(b"\x93NUMPY\1\0\2\0((")
+    refused(data, r"ffhq.npy: cannot be read as .npy")
     (tmp_path / "ffhq.npy").write_bytes(b"")
     refused(data, r"ffhq.npy: cannot be read as .npy")
 
@@ -625,6 +753,8 @@ def test_ffhq_folder_in_both_layouts(tmp_path, small_ffhq):
     small, _ = read(data)
     assert [one.image_HWC[0, 0, 0] for one in small] == list(range(20))
     assert small[0].image_HWC.shape == (256, 256, 3)
+    Image.new("RGB", (1024, 1024)).save(tmp_path / "00004.png", "JPEG")
+    refused(data, r"00004.png: is no image in PNG, or is damaged")
     (tmp_path / "00004.png").unlink()
     refused(data, r"00004.png: not found; all of 00000.png to 00019.png")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from faulty_proxy import faulty_proxy
 from s3_server import PORTS, s3_server
 
@@ -36,7 +39,7 @@ def test_what_was_put_comes_back(store):
         store.get(KEY)
     data = bytes(range(256)) * 1000
     store.put(KEY, data)
-    assert store.exists(KEY)
+    assert store.exists(KEY) and store.size(KEY) == len(data) and store.size("none") is None
     assert store.get(KEY) == data
     assert store.get(KEY, limit=10) == data[:10]
     assert store.get(KEY, limit=len(data) + 1) == data
@@ -213,6 +216,42 @@ def test_two_writers_of_a_large_object_do_not_clobber_each_other(s3_url, small_p
     assert not client.list_multipart_uploads(Bucket="bucket").get("Uploads")
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "done"),
+    [
+        (404, "NoSuchUpload", True),  # the answer was lost, and boto3 asked once more
+        (404, "NoSuchUpload", False),
+        (409, "ConditionalRequestConflict", False),  # the other writer gave up
+        (501, "NotImplemented", False),
+    ],
+)
+@pytest.mark.parametrize("size", [100, 6 * 2**20])
+def test_a_put_that_did_not_create_looks_at_what_is_there(
+    s3_url, small_parts, monkeypatch, status, code, done, size
+):
+    from botocore.exceptions import ClientError
+
+    client = storage._s3_client(os.getpid())
+    data = os.urandom(size)
+    last = "put_object" if size < 2**20 else "complete_multipart_upload"
+    real = getattr(client, last)
+
+    def answer(**request):
+        conditional = request.pop("IfNoneMatch", None)
+        if done or not conditional:
+            real(**request)
+        if not conditional and code != "NoSuchUpload":
+            return
+        response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        raise ClientError(response, last)
+
+    monkeypatch.setattr(client, last, answer)
+    store = open_store(s3_url)
+    store.delete(KEY)  # of the parameters before, whose store it is too
+    store.put(KEY, data)
+    assert store.get(KEY) == data
+
+
 def test_requests_that_fail_and_bodies_that_are_cut_lose_nothing(
     s3_url, s3, monkeypatch, small_parts
 ):
@@ -236,6 +275,67 @@ def test_requests_that_fail_and_bodies_that_are_cut_lose_nothing(
             assert file.read() == data[2][2**20 + 1 :]
         assert faults.counts["cut"] > uncut
     assert faults.counts["failed"] >= 3 and faults.counts["cut"] >= 3, faults.counts
+
+
+def test_shards_are_written_and_read_through_faults(s3_url, s3, monkeypatch, tmp_path):
+    data = DataConfig(
+        source="digits", image_size=8, channels=1, num_levels=17, validation=180, test=360,
+        shard_images=40,
+    )  # fmt: skip
+    source, plain = open_source("digits", data), open_store(f"file://{tmp_path}/store")
+    expected = write_shards("digits", data, source, plain, tmp_path / "digits.json")
+    cache = BlockCache(folder=tmp_path / "cache", limit_bytes=2**30)
+    with faulty_proxy(s3.endpoint, share=0.1) as faults:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.endpoint)
+        monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount",
+                            lambda *_: 0.01)  # fmt: skip
+        storage._s3_client.cache_clear()
+        store = open_store(s3_url)
+        manifest = write_shards("digits", data, source, store, tmp_path / "digits.json")
+        reader = ShardReader(manifest, store, "train", cache=cache, workers=1)
+        read = torch.cat([x_BCHW for _, x_BCHW in reader.scan(200)])
+    assert faults.counts["failed"] >= 3, faults.counts
+    assert manifest == expected
+    none = BlockCache(folder=tmp_path / "none", limit_bytes=0)
+    [(_, x_BCHW)] = ShardReader(expected, plain, "train", cache=none, workers=0).scan(1257)
+    assert read.equal(x_BCHW)
+
+
+def test_a_server_that_starts_again_while_shards_are_written(tmp_path, monkeypatch):
+    ports = free_ports(len(PORTS))
+    data = DataConfig(
+        source="digits", image_size=8, channels=1, num_levels=17, validation=180, test=360,
+        shard_images=10,
+    )  # fmt: skip
+    source, plain = open_source("digits", data), open_store(f"file://{tmp_path}/store")
+    expected = write_shards("digits", data, source, plain, tmp_path / "digits.json")
+    store, killed = open_store("s3://bucket/again"), threading.Event()
+    # Left to chance, all waits together may be shorter than a start of the server.
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 3)
+    (tmp_path / "s3").mkdir()
+    with contextlib.ExitStack() as running:
+        server = running.enter_context(s3_server(tmp_path / "s3", ports))
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        storage._s3_client.cache_clear()
+
+        def kill(images: int) -> None:
+            if images > 200 and not killed.is_set():
+                running.close()
+                killed.set()
+
+        with ThreadPoolExecutor(1) as threads:
+            writing = threads.submit(
+                write_shards, "digits", data, source, store, tmp_path / "digits.json", kill
+            )
+            assert killed.wait(60)
+            time.sleep(0.2)
+            assert not writing.done()  # it tries again
+            with s3_server(tmp_path / "s3", ports):
+                assert writing.result(timeout=100) == expected
+                keys = [shard.key for split in expected.splits.values() for shard in split.shards]
+                assert all(store.get(key) == plain.get(key) for key in keys)
+    storage._s3_client.cache_clear()
 
 
 def test_a_server_that_is_killed_and_starts_again_costs_time_alone(tmp_path, monkeypatch):

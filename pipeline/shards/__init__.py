@@ -1,9 +1,9 @@
 """Shards and their manifest: written once by the stage `shard`, read by every stage after it."""
 
 from pipeline.shards.cache import BlockCache
-from pipeline.shards.manifest import SPLITS, Manifest, Shard, SourceFacts, Split
+from pipeline.shards.manifest import SHARD_BYTES, SPLITS, Manifest, Shard, SourceFacts, Split
 from pipeline.shards.reader import WINDOW_BYTES, ShardReader
-from pipeline.shards.writer import SHARD_BYTES, STATES, write_shards
+from pipeline.shards.writer import STATES, write_shards
 
 __all__ = [
     "SHARD_BYTES",

@@ -176,7 +176,9 @@ class BlockCache:
         while not self._path(name).exists():
             try:
                 with self._folder_lock():
-                    file = temporary.open("ab+")
+                    # Neither emptied nor appended to: what is reserved below is written over.
+                    handle = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
+                    file = os.fdopen(handle, "rb+")
                     mine = _lock_alone(temporary, file)
                     if mine and not self._make_room(size, temporary):
                         temporary.unlink()
@@ -203,9 +205,9 @@ class BlockCache:
             crc_N = np.array([zlib.crc32(x_CHW) for x_CHW in x_NCHW], "<u4")
             index = crc_N.tobytes() + json.dumps(keys_N).encode()
             crc = zlib.crc32(index).to_bytes(4, "little")
-            file.truncate(0)
             for part in (x_NCHW.data.cast("B"), index, crc):
                 file.write(part)
+            file.truncate()  # what was reserved for longer keys
             file.flush()
             temporary.replace(self._path(name))
         except BaseException:
@@ -247,6 +249,13 @@ class BlockCache:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.block"
+
+    def changed(self) -> UserError:
+        """Blocks are damaged each time that they are written."""
+        return UserError(
+            f"{self.folder}: what was just written there comes back changed; set VDVAE_CACHE to "
+            f"another disk"
+        )
 
     def _failure(self, error: OSError) -> UserError:
         return UserError(

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
+import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.shards.manifest import Shard
+from pipeline.shards.manifest import KEY, Shard
 from pipeline.sources import on_levels
+from pipeline.sources.tars import members
 from pipeline.storage import ObjectMissing, Store
 from vdvae.config import UserError
 
@@ -43,21 +47,18 @@ class Decoder:
             UserError: it is missing, or is not, byte for byte and image for image, what the
                 manifest says.
         """
-        from webdataset import tariterators
-
         height, width, channels = self.shape
+        data = self._verified(shard)
         x_NCHW = np.empty((shard.images, channels, height, width), np.uint8)
         keys: list[str] = []
-        data = self._verified(shard)
-        # webdataset's own way in is by URL; these bytes are here already. Its errors are raised,
-        # and what it would pass over in silence fails the count.
-        stream = [{"url": shard.name, "stream": io.BytesIO(data)}]
         try:
-            for sample in tariterators.group_by_keys(tariterators.tar_file_expander(stream)):
-                image_HWC = self._pixels(sample["png"])
+            for key, png in _images(data):
+                image_HWC = self._pixels(png)
                 if len(keys) < shard.images:
                     x_NCHW[len(keys)] = image_HWC.transpose(2, 0, 1)
-                keys.append(sample["__key__"])
+                keys.append(key)
+            if len(set(keys)) != len(keys):
+                raise ValueError("two images have one name")
         except Exception as error:  # tarfile and Pillow raise all sorts of things at odd bytes
             raise self.refusal(shard, f"cannot be read ({error})") from error
         if len(keys) != shard.images:
@@ -93,3 +94,18 @@ class Decoder:
             f"data/manifests/{self.recipe}.json: shard {shard.name}: {what}; "
             f"run 'dvc repro -f -s shard@{self.recipe}'{also}"
         )
+
+
+def _images(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Keys and PNGs of a shard: of plain files, one after the other, and of nothing else.
+
+    Not by webdataset, which would unpack compressed tars and pass over links in silence.
+    """
+    end = 0
+    for member in members(io.BytesIO(data), len(data)):
+        name = re.fullmatch(rf"({KEY})\.png", member.name)
+        start = end + tarfile.BLOCKSIZE
+        if not name or member.type != tarfile.REGTYPE or member.offset_data != start:
+            raise ValueError(f"{member.name!a} at byte {member.offset} is no image of this project")
+        yield name[1], data[start : start + member.size]
+        end = start + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

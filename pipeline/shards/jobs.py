@@ -14,7 +14,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,31 @@ from vdvae.config import UserError
 from vdvae.files import atomic_write_json
 
 _AGAIN = "what is done is kept: run the same command again to go on"
+_PATIENCE_S = 30.0
 
 
 class Workers:
     """Where jobs run; in this process where there is no executor."""
 
-    def __init__(self, executor: Executor | None = None, at_once: int = 1) -> None:
+    def __init__(
+        self,
+        executor: Executor | None = None,
+        at_once: int = 1,
+        *,
+        elsewhere: bool = False,
+        while_waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Workers.
+
+        Args:
+            executor: has them.
+            at_once: how many there are.
+            elsewhere: whether they may be on other machines.
+            while_waiting: called now and then while a result does not come.
+        """
+        self.elsewhere = elsewhere
         self._executor = executor
+        self._while_waiting = while_waiting
         self._in_flight = 2 * at_once  # one waits behind each that runs, so that none idles
 
     def run(
@@ -84,6 +102,8 @@ class Workers:
         return done
 
     def _end(self, future: Future[Any], path: Path) -> tuple[Any, Path]:
+        while not wait([future], _PATIENCE_S).done:
+            self._while_waiting()
         with _killed_is_told():
             result = future.result()
         if not path.exists():
@@ -156,6 +176,7 @@ def _begin(parent: int) -> None:
 def _dask(address: str) -> Iterator[Workers]:
     try:
         from distributed import Client, KilledWorker
+        from distributed.client import ClosedClientError
     except ModuleNotFoundError:
         raise UserError(
             "VDVAE_DASK: distributed is not installed; run: pip install 'vdvae[dask]', or unset it"
@@ -174,10 +195,35 @@ def _dask(address: str) -> Iterator[Workers]:
                 f"VDVAE_DASK: the scheduler at {address} has no workers; start some with "
                 f"'dask worker {address} --nthreads 1'"
             )
+        tell = _tell_if_deserted(client, address)
         try:
-            yield Workers(client.get_executor(), threads)
+            yield Workers(client.get_executor(), threads, elsewhere=True, while_waiting=tell)
+        except (CancelledError, ClosedClientError):
+            raise UserError(
+                f"VDVAE_DASK: the scheduler at {address} was lost; start it and its workers again; "
+                f"{_AGAIN}"
+            ) from None
         except KilledWorker as error:
             raise UserError(
                 f"VDVAE_DASK: a job was given up after its workers had died ({error}); see their "
                 f"logs; {_AGAIN}"
             ) from None
+
+
+def _tell_if_deserted(client: Any, address: str) -> Callable[[], None]:
+    """Says, once each time, that there are no workers to wait for."""
+    told = False
+
+    def tell() -> None:
+        nonlocal told
+        with contextlib.suppress(Exception):  # a lost scheduler is told of by what is waited for
+            deserted = not client.nthreads()
+            if deserted and not told:
+                print(
+                    f"VDVAE_DASK: the scheduler at {address} has no workers left; waiting for "
+                    f"some: 'dask worker {address} --nthreads 1'",
+                    flush=True,
+                )
+            told = deserted
+
+    return tell

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from vdvae.config import UserError
 
 SPLITS = ("train", "validation", "test")
 KEY = r"[a-z0-9_-]{1,90}"  # WebDataset splits a name at its first dot; a tar holds 100 bytes
+SHARD_BYTES = 64 * 2**20  # most pixels in a shard, which the writer and the reader hold in memory
+_IMAGE_BYTES = 4096  # most that an image takes in a tar beside twice its pixels
+_END_BYTES = 20 * 512  # of a tar
 RECIPE = r"[A-Za-z0-9_-]{1,60}"  # what a recipe's name is made of
 
 
@@ -121,13 +125,14 @@ def _manifest(value: Any) -> Manifest:
     source = _object(top["source"], SourceFacts, "source")
     if not isinstance(source["notes"], dict):
         raise ValueError("source.notes: is not an object")
+    sizes = (
+        _count(shape[0], "shape", 4096),
+        _count(shape[1], "shape", 4096),
+        _count(shape[2], "shape", 3),
+    )
     return Manifest(
         recipe=recipe,
-        shape=(
-            _count(shape[0], "shape", 4096),
-            _count(shape[1], "shape", 4096),
-            _count(shape[2], "shape", 3),
-        ),
+        shape=sizes,
         num_levels=_count(top["num_levels"], "num_levels", 256),
         mean=_gray(top["mean"], "mean"),
         std=_gray(top["std"], "std"),
@@ -137,7 +142,7 @@ def _manifest(value: Any) -> Manifest:
             fingerprint=_text(source["fingerprint"], "source.fingerprint", "[0-9a-f]{64}"),
             notes=source["notes"],
         ),
-        splits={name: _split(splits[name], recipe, name) for name in SPLITS},
+        splits={name: _split(splits[name], recipe, name, math.prod(sizes)) for name in SPLITS},
         duplicates=_duplicates(top["duplicates"]),
     )
 
@@ -172,7 +177,8 @@ def _duplicates(value: Any) -> Duplicates | None:
     )
 
 
-def _split(value: Any, recipe: str, split: str) -> Split:
+def _split(value: Any, recipe: str, split: str, pixels: int) -> Split:
+    """A part of the data whose images have so many bytes of pixels each."""
     where = f"splits.{split}"
     top = _object(value, Split, where)
     if not isinstance(top["shards"], list):
@@ -182,13 +188,14 @@ def _split(value: Any, recipe: str, split: str) -> Split:
         place = f"{where}.shards[{number}]"
         fields = _object(item, Shard, place)
         sha256 = _text(fields["sha256"], f"{place}.sha256", "[0-9a-f]{64}")
-        size = _count(fields["bytes"], f"{place}.bytes")
+        size = fields["bytes"]
         expected = {"name": shard_name(recipe, split, number), "key": shard_key(recipe, sha256)}
         for key, text in expected.items():
             if fields[key] != text:
                 raise ValueError(f"{place}.{key}: {fields[key]!r} is not {text!r}")
-        # An image takes two blocks of 512 bytes or more, so memory is bounded by bytes to read.
-        images = _count(fields["images"], f"{place}.images", size // 1024)
+        # A reader holds the bytes and then the pixels: both are bounded here, as the writer does.
+        images = _count(fields["images"], f"{place}.images", max(1, SHARD_BYTES // pixels))
+        _count(size, f"{place}.bytes", images * (2 * pixels + _IMAGE_BYTES) + _END_BYTES)
         shards.append(Shard(bytes=size, sha256=sha256, images=images, **expected))
     images = _count(top["images"], f"{where}.images")
     if images != sum(shard.images for shard in shards):

@@ -148,11 +148,14 @@ class ShardReader:
     def _windows(self, order: Iterable[int]) -> Iterator[_Window]:
         # Sorted, so that a split of one window is the same window in every order.
         window: list[int] = []
+        images = 0
         for number in order:
-            if window and self._count([*window, number]) > self._window_images:
+            more = self._shards[number].images
+            if window and images + more > self._window_images:
                 yield tuple(sorted(window))
-                window = []
+                window, images = [], 0
             window.append(number)
+            images += more
         yield tuple(sorted(window))
 
     def _count(self, window: Iterable[int]) -> int:
@@ -270,10 +273,7 @@ class _Reading:
             try:
                 block.read(rows, places, x_BCHW)
             except DamagedBlock:
-                raise UserError(
-                    f"{self._maker.cache.folder}: what was just written there comes back changed; "
-                    f"set VDVAE_CACHE to another disk"
-                ) from None
+                raise self._maker.cache.changed() from None
         if self._with_keys:
             keys_N = block.keys_N
             for row, place in zip(rows, places, strict=True):
@@ -281,12 +281,13 @@ class _Reading:
 
 
 def _is_file(block: Future[Block | None]) -> bool:
-    return block.done() and isinstance(block.result(), CachedBlock)
+    return block.done() and block.exception() is None and isinstance(block.result(), CachedBlock)
 
 
 def _useful(block: Future[Block | None]) -> bool:
-    # Not one that was to be in the cache, which had no room for it.
-    return not block.done() or block.exception() is not None or block.result() is not None
+    # Not one that was to be in the cache, which had no room for it; nor one that could not be read
+    # ahead: the store may be well again by now.
+    return not block.done() or (block.exception() is None and block.result() is not None)
 
 
 def _every(runs: Iterable[_Run], period: int, start: int, stop: int) -> Iterator[_Run]:

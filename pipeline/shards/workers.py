@@ -30,6 +30,7 @@ from pipeline.shards.manifest import Shard
 from vdvae.config import UserError
 
 T = TypeVar("T")
+_TRIES = 10
 
 
 class Threads(Generic[T]):
@@ -156,11 +157,15 @@ class Blocks:
     def _found_or(
         self, shard: Shard, make: Callable[[Shard, bool], Decoded | None], keep: bool
     ) -> Block | None:
-        while (block := self._maker.open(shard)) is None:
+        # More than once where another process has removed the block to make room.
+        for _ in range(_TRIES):
+            block = self._maker.open(shard)
+            if block is not None:
+                return block
             decoded = make(shard, keep)
             if decoded or not keep:
                 return DecodedBlock(decoded) if decoded else self._maker.open(shard)
-        return block
+        raise self._maker.cache.changed()
 
     def _made_by_a_process(self, shard: Shard, keep: bool) -> Decoded | None:
         try:
@@ -171,9 +176,11 @@ class Blocks:
                     raise CancelledError from None
                 process = _Process(self._maker)
                 self._processes.append(process)
-        decoded = process.make(shard, keep)
-        self._idle.put(process)
-        return decoded
+        try:
+            return process.make(shard, keep)
+        finally:
+            if process.lives():
+                self._idle.put(process)
 
 
 class _Process:
@@ -202,10 +209,17 @@ class _Process:
                 f"shard {shard.name}: the process that was decoding it ended with {code}; run the "
                 f"same command again, with VDVAE_READ_WORKERS=0 to decode without another process"
             ) from None
+        except BaseException:
+            self.kill()  # the rest of its answer would be taken for the next one
+            raise
         if isinstance(result, Exception):
             raise result
         decoded: Decoded | None = result
         return decoded
+
+    def lives(self) -> bool:
+        """Whether it can be asked again."""
+        return self._child.poll() is None
 
     def kill(self) -> None:
         """Ends it at once; a shard that it was at is not in the cache."""

@@ -33,6 +33,7 @@ from pipeline.shards.jobs import Workers
 from pipeline.shards.manifest import (
     KEY,
     RECIPE,
+    SHARD_BYTES,
     SPLITS,
     Manifest,
     Shard,
@@ -46,7 +47,6 @@ from pipeline.storage import Store
 from vdvae.config import UserError
 from vdvae.files import atomic_write_json, sha256_of
 
-SHARD_BYTES = 64 * 2**20  # most pixels in a shard, which the writer and the reader hold in memory
 STATES = "shards"  # in VDVAE_RUNS: what sharding that was interrupted goes on from
 _HERE = Path(__file__).parent
 
@@ -93,7 +93,12 @@ def write_shards(
         )
     with _state(recipe, data, store, runs) as state:
         manifest = _write(recipe, data, source, store, workers or Workers(), state, on_progress)
-        before_manifest(manifest)
+        try:
+            before_manifest(manifest)
+        except UserError:
+            # It refuses a shard, perhaps, which the next run would else take for good again.
+            shutil.rmtree(state)
+            raise
         atomic_write_json(manifest_path, manifest.to_dict())
         # Whoever runs it again from here on wants it done again.
         shutil.rmtree(state)
@@ -160,7 +165,17 @@ def _write(
     histogram = np.zeros(256, np.int64)  # of train: sums of whole numbers have no order
     converted: Counter[str] = Counter()
     done = 0
-    for made, record in workers.run(make, jobs, state, lambda made: store.exists(made["key"])):
+
+    def still_holds(made: dict[str, Any]) -> bool:
+        return store.size(made["key"]) == made["bytes"]
+
+    for made, record in workers.run(make, jobs, state, still_holds):
+        if workers.elsewhere and not still_holds(made):
+            raise UserError(
+                f"store {store.root}: has no {made['key']}, which a worker has just stored: its "
+                f"store is another one; set VDVAE_STORE to a folder that all machines share, or to "
+                f"s3://bucket/prefix"
+            )
         split = made["split"]
         shard = Shard(
             name=shard_name(recipe, split, len(shards[split])),

@@ -6,52 +6,66 @@ import warnings
 from collections import Counter
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vdvae.config import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _EXIF_ORIENTATION = 0x0112
+_SIXTEEN_BITS = ("I;16", "I;16B", "I")  # grey; colour comes from Pillow with 8
 _EIGHT_BITS = ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 def decode(
-    file: BinaryIO, name: str, channels: int, converted: Counter[str] | None = None
+    file: BinaryIO,
+    name: str,
+    channels: int,
+    converted: Counter[str] | None = None,
+    formats: tuple[str, ...] = FORMATS,
 ) -> Image.Image:
     """One upright 8-bit image in mode L (`channels` 1) or RGB (3).
 
-    The EXIF orientation is applied; transparent images are laid on white; grey is the luma of
-    ITU-R 601-2; colour profiles are ignored. What was done is counted in `converted`.
+    The EXIF orientation is applied; of 16 bits a channel the upper 8 are taken; transparent images
+    are laid on white; grey is the luma of ITU-R 601-2; colour profiles are ignored. What was done
+    is counted in `converted`.
 
     Raises:
-        UserError: for anything but a whole, still, 8-bit image of one of FORMATS, or one with more
+        UserError: for anything but a whole, still image of one of `formats`, or one with more
             pixels than Image.MAX_IMAGE_PIXELS.
     """
     counts: Counter[str] = Counter() if converted is None else converted
     header = file.read(25)
     file.seek(0)
-    if header.startswith(b"\x89PNG") and header[24:] == b"\x10":
-        # Pillow would drop the low byte of 16-bit colour without a word.
-        raise UserError(f"{name}: has 16 bits a channel; convert it to 8 bits")
+    deep = header.startswith(b"\x89PNG") and header[24:] == b"\x10"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture: Image.Image = Image.open(file, formats=FORMATS)
+            picture: Image.Image = Image.open(file, formats=formats)
             # Not by the warning: where threads decode, one may switch it off under another.
             if picture.width * picture.height > (Image.MAX_IMAGE_PIXELS or 0):
                 raise Image.DecompressionBombError
             picture.verify()  # a PNG's checksums; decoding ignores them
             file.seek(0)
-            picture = Image.open(file, formats=FORMATS)
+            picture = Image.open(file, formats=formats)
             # A JPEG with previews inside opens as MPO; its first image is the picture.
             if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
                 raise UserError(f"{name}: is animated; take one image out of it")
             mode = picture.mode
-            if mode not in _EIGHT_BITS:
+            if mode not in (*_EIGHT_BITS, *(_SIXTEEN_BITS if deep else ())):
                 raise UserError(f"{name}: has pixels of mode {mode}; convert it to 8 bits")
             if picture.getexif().get(_EXIF_ORIENTATION, 1) != 1:
                 counts["turned upright"] += 1
             picture = ImageOps.exif_transpose(picture)
+            if deep:
+                if "transparency" in picture.info:  # Pillow compares its 16 bits with 8
+                    raise UserError(
+                        f"{name}: has 16 bits a channel and a transparent colour; convert it to 8"
+                    )
+                counts["16 bits to 8"] += 1
+                if mode in _SIXTEEN_BITS:
+                    mode = "L"
+                    picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             wanted = {1: "L", 3: "RGB"}[channels]
             if picture.has_transparency_data:
                 counts[f"{mode} laid on white"] += 1
@@ -68,7 +82,7 @@ def decode(
         raise
     except UnidentifiedImageError:
         raise UserError(
-            f"{name}: is no image in {', '.join(FORMATS)}, or is damaged; convert it or take it out"
+            f"{name}: is no image in {', '.join(formats)}, or is damaged; convert it or take it out"
         ) from None
     except Image.DecompressionBombError:
         limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6

@@ -100,7 +100,9 @@ class Ffhq:
         """Where the pixels begin, after a header that is as it should be; never a pickle."""
         try:
             shape, dtype = npy_header(array)
-        except ValueError as error:
+        except UserError:
+            raise
+        except Exception as error:  # NumPy raises all sorts of things at odd headers
             raise self._refusal(f"cannot be read as .npy ({error})") from error
         wanted = (IMAGES, self.size, self.size, 3)
         if shape != wanted or dtype != np.uint8:
@@ -132,7 +134,7 @@ class Ffhq:
     def _read_png(self, file: File, converted: Counter[str]) -> NDArray[np.uint8]:
         name = shown(f"{self.files.root}/{file.name}")
         with self.files.image(file.name) as png:
-            picture = decode(png, name, 3, converted)
+            picture = decode(png, name, 3, converted, ("PNG",))
         if picture.size != (1024, 1024):
             raise UserError(
                 f"{name}: is {picture.width}x{picture.height}, not 1024x1024; get it anew"

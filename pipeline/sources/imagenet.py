@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import tarfile
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,11 +16,14 @@ from pipeline.params import DataConfig
 from pipeline.sources import Item, Run, require, whole_number
 from pipeline.sources.decode import decode
 from pipeline.sources.raw import File, raw_files, setting, suffix_of
+from pipeline.sources.tars import members
 from pipeline.storage import shown
 from vdvae.config import UserError
 
 URL = "http://www.image-net.org/small/{split}_{size}x{size}.tar"
-LATER_RELEASE = 50_000  # images in its validation set; the paper's has 49,999
+OFFICIAL = (1_281_149, 49_999)  # images in the paper's tars
+LATER_RELEASE = 50_000  # images in its validation set
+_IMAGE_BYTES = 2**24  # of a PNG; one of 64x64 pixels has less than 2**14
 
 
 class _Place(NamedTuple):
@@ -82,6 +84,11 @@ class ImageNet:
                 f"{self._shown(self.test)}: has {len(test)} images, so it is the later release, "
                 f"whose figures cannot be compared; get the paper's, which has 49,999"
             )
+        if (len(train), len(test)) != OFFICIAL:
+            self.notes["tars"] = (
+                f"not the official ones: {len(train)} + {len(test)} images instead of "
+                f"{OFFICIAL[0]} + {OFFICIAL[1]}"
+            )
         if skipped:
             self.notes["skipped"] = dict(sorted(skipped.items()))
         validation = whole_number(self.recipe, "validation", self.data.validation, len(train))
@@ -104,7 +111,9 @@ class ImageNet:
                 for place in of_tar:
                     file.seek(place.offset)
                     name = f"{self._shown(tar)}: {place.name!a}"
-                    picture = decode(io.BytesIO(file.read(place.size)), name, 3, converted)
+                    picture = decode(
+                        io.BytesIO(file.read(place.size)), name, 3, converted, ("PNG",)
+                    )
                     if picture.size != (size, size):
                         raise UserError(
                             f"{name}: is {picture.width}x{picture.height}, not {size}x{size}; get "
@@ -115,23 +124,17 @@ class ImageNet:
     def _places(self, tar: File, skipped: Counter[str]) -> _Places:
         names, offsets, sizes = [], array("Q"), array("Q")
         try:
-            with (
-                self.files.open(tar.name) as file,
-                tarfile.open(fileobj=file, mode="r:") as opened,
-            ):
-                while (member := opened.next()) is not None:
+            with self.files.open(tar.name) as file:
+                for member in members(file, _IMAGE_BYTES):
                     if member.isreg() and member.name.endswith(".png"):
                         names.append(member.name.encode("utf-8", "surrogateescape"))
                         offsets.append(member.offset_data)
                         sizes.append(member.size)
                     elif not member.isdir():
                         skipped[suffix_of(member.name) if member.isreg() else "link"] += 1
-                    opened.members.clear()  # type: ignore[attr-defined]  # a million would stay
-                # At a damaged header or a cut between two files tarfile ends without a word.
-                file.seek(opened.offset)
-                if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError(f"no header and no end at byte {opened.offset}")
-        except tarfile.TarError as error:
+        except UserError:
+            raise
+        except Exception as error:  # tarfile raises all sorts of things at odd headers
             raise UserError(
                 f"{self._shown(tar)}: cannot be read as a tar ({error}); get it anew"
             ) from error

@@ -100,12 +100,13 @@ class _Directory:
 
     def __init__(self, folder: Path) -> None:
         self.root = str(folder)
+        self._folder = str(folder.absolute())  # for a worker that has another working directory
 
     def list(self, skipped: Counter[str]) -> Iterator[File]:
         folders = [""]
         while folders:
             above = folders.pop()
-            with os.scandir(f"{self.root}/{above}") as entries:
+            with os.scandir(f"{self._folder}/{above}") as entries:
                 for entry in entries:
                     name = above + entry.name
                     if entry.name.startswith("."):
@@ -120,12 +121,12 @@ class _Directory:
                         skipped[suffix_of(name)] += 1
 
     def find(self, name: str) -> File | None:
-        path = Path(self.root, name)
+        path = Path(self._folder, name)
         return File(name, _stamp(path.stat())) if path.is_file() else None
 
     def open(self, name: str) -> io.BufferedReader:
         try:
-            return Path(self.root, name).open("rb")
+            return Path(self._folder, name).open("rb")
         except OSError as error:
             raise UserError(
                 f"{shown(f'{self.root}/{name}')}: cannot be read ({error.strerror}); mend that, "
