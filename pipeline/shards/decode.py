@@ -11,7 +11,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,16 +47,18 @@ class Decoder:
             UserError: it is missing, or is not, byte for byte and image for image, what the
                 manifest says.
         """
+        from webdataset import tariterators
+
         height, width, channels = self.shape
         data = self._verified(shard)
         x_NCHW = np.empty((shard.images, channels, height, width), np.uint8)
         keys: list[str] = []
         try:
-            for key, png in _images(data):
-                image_HWC = self._pixels(png)
+            for sample in tariterators.group_by_keys(_files(data)):
+                image_HWC = self._pixels(sample["png"])
                 if len(keys) < shard.images:
                     x_NCHW[len(keys)] = image_HWC.transpose(2, 0, 1)
-                keys.append(key)
+                keys.append(sample["__key__"])
             if len(set(keys)) != len(keys):
                 raise ValueError("two images have one name")
         except Exception as error:  # tarfile and Pillow raise all sorts of things at odd bytes
@@ -96,16 +98,16 @@ class Decoder:
         )
 
 
-def _images(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Keys and PNGs of a shard: of plain files, one after the other, and of nothing else.
+def _files(data: bytes) -> Iterator[dict[str, Any]]:
+    """The files of a shard as webdataset groups them: plain ones, one after the other, no others.
 
-    Not by webdataset, which would unpack compressed tars and pass over links in silence.
+    webdataset's own way into a tar would unpack a compressed one and pass over links in silence.
     """
     end = 0
     for member in members(io.BytesIO(data), len(data)):
-        name = re.fullmatch(rf"({KEY})\.png", member.name)
         start = end + tarfile.BLOCKSIZE
-        if not name or member.type != tarfile.REGTYPE or member.offset_data != start:
+        named = re.fullmatch(rf"{KEY}\.png", member.name)
+        if not named or member.type != tarfile.REGTYPE or member.offset_data != start:
             raise ValueError(f"{member.name!a} at byte {member.offset} is no image of this project")
-        yield name[1], data[start : start + member.size]
+        yield {"fname": member.name, "data": data[start : start + member.size], "__url__": ""}
         end = start + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
