@@ -33,6 +33,7 @@ from rows import keep
 from torch import Tensor
 
 from pipeline.params import Recipe, load_recipe
+from pipeline.process import keep_freed_memory
 from pipeline.shards import BlockCache, Manifest, ShardReader
 from pipeline.storage import FileStore
 from vdvae.checkpoint import StateWriter
@@ -253,6 +254,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS))
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
+    keep_freed_memory()  # for both, as the stages do
     exact_float32()
     recipe = load_recipe(words.recipe)
     measure = Measure(recipe, words)

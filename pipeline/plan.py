@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline import machine
 from pipeline.launch import ranks_here
 from pipeline.params import Places, Recipe, load_recipe
+from pipeline.process import keep_freed_memory
 from pipeline.repro import STAGES, pending
 from pipeline.shards import Manifest
 from vdvae.config import UserError
@@ -177,6 +178,7 @@ def probe_seconds(recipe: Recipe, device: torch.device, images: int) -> float:
     from vdvae.training import start, update
 
     exact_float32()
+    keep_freed_memory()
     model = recipe.model
     # Random images have gradients of any norm; a skipped step would seem quicker than it is.
     config = dataclasses.replace(recipe.train, skip_threshold=1e30)

@@ -23,6 +23,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _MARK = "VDVAE_FLOW"  # in the environment of every process that a flow starts
 GRACE_SECONDS = 12  # for a checkpoint after SIGTERM; a cancelled run is to be gone in 15
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
 def end_with_parent() -> None:
@@ -38,6 +39,18 @@ def adopt_orphans() -> None:
 def _prctl(option: int, value: int) -> None:
     with contextlib.suppress(OSError, AttributeError):  # only Linux has it
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def keep_freed_memory() -> None:
+    """Keeps memory that is freed for what is allocated next.
+
+    glibc would give the large pieces of each step back to the system, which clears every page when
+    it hands it out again: 75,000 of them in a step of cifar10, and up to a tenth of its time.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
 
 
 class StopRequest:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.exits import CANCELLED, fail, machine_error
 from pipeline.launch import launch, ranks_here
 from pipeline.params import load_recipe
-from pipeline.process import end_with_parent
+from pipeline.process import end_with_parent, keep_freed_memory
 from vdvae.config import UserError
 
 if TYPE_CHECKING:
@@ -23,15 +23,22 @@ if TYPE_CHECKING:
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def main(stage: Callable[[str], None], *, in_ranks: bool = False) -> None:
+def main(stage: Callable[[str], None], *, in_ranks: bool = False, computes: bool = False) -> None:
     """Runs a stage for the recipe named on the command line, in several ranks where it may.
 
     The user's errors, and a machine that cannot take what is written (full disk, no permission),
     end in one sentence on stderr and exit code 2; our own bugs keep their traceback.
+
+    Args:
+        stage: takes the recipe's name.
+        in_ranks: whether it knows what to do in one of several.
+        computes: whether it works on tensors, batch after batch.
     """
     if len(sys.argv) != 2:
         sys.exit(f"usage: python -m {stage.__module__} RECIPE")
     end_with_parent()
+    if computes:
+        keep_freed_memory()
     # Unwinds, so that MLflow's run is KILLED; training has an answer of its own.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(CANCELLED))
     name = sys.argv[1]

@@ -170,4 +170,4 @@ def _rates(model: VDVAE, scores: dict[str, Scores]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(evaluate, in_ranks=True)
+    main(evaluate, in_ranks=True, computes=True)

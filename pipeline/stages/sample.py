@@ -45,4 +45,4 @@ def sample(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sample)
+    main(sample, computes=True)

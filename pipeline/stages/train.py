@@ -271,4 +271,4 @@ def _tell(progress: Progress, point: Point, batch_size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(train, in_ranks=True)
+    main(train, in_ranks=True, computes=True)
