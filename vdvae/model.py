@@ -101,6 +101,16 @@ def _pointwise(x_BDHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x_BHWD, weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
 
 
+def _split_channels(x_BDHW: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """The first channels and the rest; the gradients of both are joined in the layout of x."""
+    sizes = [first, x_BDHW.shape[1] - first]
+    if not x_BDHW.is_contiguous(memory_format=torch.channels_last):
+        one, other = x_BDHW.split(sizes, dim=1)
+        return one, other
+    one, other = x_BDHW.permute(0, 2, 3, 1).split(sizes, dim=3)
+    return one.permute(0, 3, 1, 2), other.permute(0, 3, 1, 2)
+
+
 class Bottleneck(nn.Module):
     """Four convolutions 1x1, 3x3, 3x3, 1x1, a GELU before each; 1x1 throughout where R <= 2."""
 
@@ -185,7 +195,7 @@ class TopDownBlock(nn.Module):
         """Mean and log sigma of p(z given what is above), and x with the prior's residual."""
         z = self.latent_channels
         found = self.prior.after_first(self.prior.conv1(active_BDHW))
-        parameters, residual = found.tensor_split([2 * z], dim=1)
+        parameters, residual = _split_channels(found, 2 * z)
         mean_p, log_sigma_p = at_least_float32(parameters).chunk(2, dim=1)
         return mean_p, log_sigma_p, x_BDHW + residual
 
