@@ -105,9 +105,9 @@ def _split_channels(x_BDHW: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """The first channels and the rest; the gradients of both are joined in the layout of x."""
     sizes = [first, x_BDHW.shape[1] - first]
     if not x_BDHW.is_contiguous(memory_format=torch.channels_last):
-        one, other = x_BDHW.split(sizes, dim=1)
+        one, other = torch.split(x_BDHW, sizes, dim=1)
         return one, other
-    one, other = x_BDHW.permute(0, 2, 3, 1).split(sizes, dim=3)
+    one, other = torch.split(x_BDHW.permute(0, 2, 3, 1), sizes, dim=3)
     return one.permute(0, 3, 1, 2), other.permute(0, 3, 1, 2)
 
 
