@@ -33,5 +33,7 @@ def _commit() -> str:
         done = subprocess.run(["git", *words], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    dirty = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    # Earlier rows of the same measurements are no change of what is measured.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)benchmarks/*.csv")
+    dirty = "+" if changed else ""
     return git("rev-parse", "--short", "HEAD") + dirty
