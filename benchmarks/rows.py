@@ -34,6 +34,8 @@ def _commit() -> str:
         return done.stdout.strip()
 
     # Earlier rows of the same measurements are no change of what is measured.
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)benchmarks/*.csv")
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)benchmarks/*.csv"
+    )
     dirty = "+" if changed else ""
     return git("rev-parse", "--short", "HEAD") + dirty
