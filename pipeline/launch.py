@@ -138,8 +138,5 @@ def _first_to_fail(processes: list[subprocess.Popen[bytes]]) -> int:
 
 
 def _cause(failed: dict[int, int]) -> int:
-    for wanted in (lambda code: code < 0, lambda code: code == BAD_INPUT, lambda code: True):
-        for rank, code in failed.items():
-            if wanted(code):
-                return rank
-    return 0
+    # Of several alike the one that was seen first.
+    return min(failed, key=lambda r: (failed[r] >= 0, failed[r] != BAD_INPUT), default=0)

@@ -155,16 +155,12 @@ def _hours(recipe: Recipe, found: Summary, ranks: int) -> str:
     except torch.OutOfMemoryError:
         return f"not measured: a step did not fit into the {_bytes(free)} that were free"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine.processor()
-    cores = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    how = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    how += f", one of {ranks} ranks, what they say to each other not counted" if ranks > 1 else ""
     return (
         f"{recipe.train.steps * seconds / 3600:,.2f} h at {seconds:.3f} s a step, "
         f"{recipe.train.batch_size / seconds:,.1f} img/s; validation and pictures not counted "
-        f"(median of {_STEPS - _UNCOUNTED} steps with random images, {name}{cores}"
-        + (
-            f", one of {ranks} ranks, what they say to each other not counted)"
-            if ranks > 1
-            else ")"
-        )
+        f"(median of {_STEPS - _UNCOUNTED} steps with random images, {name}{how})"
     )
 
 

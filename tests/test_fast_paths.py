@@ -17,7 +17,7 @@ from vdvae.config import ModelConfig, UserError
 from vdvae.doctor import Point
 from vdvae.precision import check_precision
 from vdvae.summary import summarise
-from vdvae.training import TrainState, check_machine, start, update
+from vdvae.training import TrainState, check_machine, start, train, update
 
 PLAIN = {"warmup_steps": 0, "channels_last": False}
 # Wide enough for every kind of block: pooling, padding, unpooling, 3x3 and 1x1.
@@ -90,6 +90,8 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
         sentence = f"train.compile: true needs a compiler, and there is none; install {name}, or"
         with pytest.raises(UserError, match=re.escape(sentence)):
             check_machine(settings(compile=True), device)
+    with pytest.raises(UserError, match=r"train.compile: true needs a compiler"):
+        train(MODEL, settings(compile=True), batches, CPU, lambda p: True)  # type: ignore[arg-type]
 
 
 def test_bfloat16_is_near_and_its_critical_parts_are_float32() -> None:

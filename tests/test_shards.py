@@ -23,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 from s3_server import s3_server
+from tar_members import extended, member
 
 from pipeline import storage
 from pipeline.params import DataConfig
@@ -268,34 +269,26 @@ def png(mode: str = "RGB", size: int = 6, value: int = 0, kind: str = "PNG") -> 
     return out.getvalue()
 
 
-def plain(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, **fields) -> bytes:
-    """A header and its data, whatever the header says of them."""
-    info = tarfile.TarInfo(name)
-    info.type, info.size = kind, len(data)
-    for field, value in fields.items():
-        setattr(info, field, value)
-    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
-
-
-def pax(record: bytes) -> bytes:
-    """An extended header, for the member that follows."""
-    return plain("x", b"%d %s\n" % (len(record) + 4, record), tarfile.XHDTYPE)
-
-
-TWO, END = plain("a.png", png()) + plain("b.png", png()), bytes(1024)
+TWO, END = member("a.png", png()) + member("b.png", png()), bytes(1024)
 HOSTILE = {
     "gzip": gzip.compress(TWO + END),
     "xz": lzma.compress(TWO + END),
-    "link": TWO + plain("c.png", kind=tarfile.SYMTYPE, linkname="/etc/passwd") + END,
-    "hard link": TWO + plain("c.png", kind=tarfile.LNKTYPE, linkname="a.png") + END,
-    "device": TWO + plain("c.png", kind=tarfile.CHRTYPE) + END,
-    "folder": plain("c", kind=tarfile.DIRTYPE) + TWO + END,
-    "name that leads up": plain("a.png", png()) + plain("../x.png", png()) + END,
-    "name with a folder": plain("a.png", png()) + plain("x/b.png", png()) + END,
-    "sparse": plain("a.png", png()) + pax(b"GNU.sparse.map=0,9") + plain("b.png", png()) + END,
-    "extended header": plain("a.png", png()) + pax(b"comment=123456") + plain("b.png", png()) + END,
-    "size of -512": plain("a.png", png()) + plain("b.png", size=-512) + TWO + END,
-    "size beyond the end": plain("a.png", png()) + plain("b.png", size=2**40) + END,
+    "link": TWO + member("c.png", kind=tarfile.SYMTYPE, linkname="/etc/passwd") + END,
+    "hard link": TWO + member("c.png", kind=tarfile.LNKTYPE, linkname="a.png") + END,
+    "device": TWO + member("c.png", kind=tarfile.CHRTYPE) + END,
+    "folder": member("c", kind=tarfile.DIRTYPE) + TWO + END,
+    "name that leads up": member("a.png", png()) + member("../x.png", png()) + END,
+    "name with a folder": member("a.png", png()) + member("x/b.png", png()) + END,
+    "sparse": member("a.png", png())
+    + extended({"GNU.sparse.map": "0,9"})
+    + member("b.png", png())
+    + END,
+    "extended header": member("a.png", png())
+    + extended({"comment": "123456"})
+    + member("b.png", png())
+    + END,
+    "size of -512": member("a.png", png()) + member("b.png", size=-512) + TWO + END,
+    "size beyond the end": member("a.png", png()) + member("b.png", size=2**40) + END,
     "no end": TWO,
 }
 

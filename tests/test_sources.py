@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+from tar_members import extended, member
 
 from pipeline import sources, storage
 from pipeline.params import DataConfig
@@ -599,24 +600,6 @@ def test_imagenet_refuses_the_later_release_and_damaged_tars(tmp_path, monkeypat
     refused(data, r"valid_32x32.tar: 'a.png': is no image in PNG, or is damaged")
     (tmp_path / "valid_32x32.tar").write_bytes(b"no tar")
     refused(data, r"valid_32x32.tar: cannot be read as a tar")
-
-
-def member(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, **fields) -> bytes:
-    """A header and its data, whatever the header says of them."""
-    info = tarfile.TarInfo(name)
-    info.type, info.size = kind, len(data)
-    for field, value in fields.items():
-        setattr(info, field, value)
-    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
-
-
-def extended(records: dict[str, str], **fields) -> bytes:
-    """An extended header, for the member that follows."""
-    data = b"".join(
-        next(line for n in range(999) if len(line := f"{n} {key}={value}\n".encode()) == n)
-        for key, value in records.items()
-    )
-    return member("pax", data, tarfile.XHDTYPE, **fields)
 
 
 # What a tar may hold to do harm; each was a traceback, a hang or was taken for good.

@@ -7,12 +7,13 @@ import errno
 import os
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from faulty_proxy import faulty_proxy
+from faulty_proxy import Faults, faulty_proxy
 from s3_server import PORTS, s3_server
 
 from pipeline import storage
@@ -31,6 +32,31 @@ def store(request, tmp_path) -> Store:
     if request.param == "file":
         return open_store(f"file://{tmp_path}/store")
     return open_store(request.getfixturevalue("s3_url"))
+
+
+def digits(**options) -> DataConfig:
+    return DataConfig(
+        source="digits", image_size=8, channels=1, num_levels=17, validation=180, test=360,
+        **options,
+    )  # fmt: skip
+
+
+def use(monkeypatch, environment: dict[str, str]) -> None:
+    """Lets the next request go where the environment says."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    storage._s3_client.cache_clear()
+
+
+@pytest.fixture
+def faults(s3_url, s3, monkeypatch) -> Iterator[Faults]:
+    """The S3 server behind a proxy that lets a tenth of everything fail."""
+    monkeypatch.setattr(
+        "botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01
+    )
+    with faulty_proxy(s3.endpoint, share=0.1) as running:
+        use(monkeypatch, {"AWS_ENDPOINT_URL": running.endpoint})
+        yield running
 
 
 def test_what_was_put_comes_back(store):
@@ -170,9 +196,7 @@ def test_an_s3_address_is_taken_literally_or_not_at_all(url, address):
 
 
 def test_shards_in_s3_are_those_of_a_folder(s3_url, tmp_path):
-    data = DataConfig(
-        source="digits", image_size=8, channels=1, num_levels=17, validation=180, test=360
-    )
+    data = digits()
     scans = []
     none = BlockCache(folder=tmp_path / "none", limit_bytes=0)
     for url in (s3_url, f"file://{tmp_path}/store"):
@@ -252,48 +276,33 @@ def test_a_put_that_did_not_create_looks_at_what_is_there(
     assert store.get(KEY) == data
 
 
-def test_requests_that_fail_and_bodies_that_are_cut_lose_nothing(
-    s3_url, s3, monkeypatch, small_parts
-):
+def test_requests_that_fail_and_bodies_that_are_cut_lose_nothing(s3_url, faults, small_parts):
     data = [os.urandom(size) for size in (100, 2**20, 7 * 2**20)]
-    with faulty_proxy(s3.endpoint, share=0.1) as faults:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.endpoint)
-        monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount",
-                            lambda *_: 0.01)  # fmt: skip
-        storage._s3_client.cache_clear()
-        store = open_store(s3_url)
-        for number, content in enumerate(data * 3):
-            store.put(f"{KEY}.{number}", content)
-        for number, content in enumerate(data * 3):
-            assert store.get(f"{KEY}.{number}") == content
-        uncut = faults.counts["cut"]
-        address = s3_address(s3_url)
-        assert address
-        with storage.S3Folder(*address).open(f"{KEY}.2") as file:  # in parts, as raw tars are read
-            assert file.read(3) == data[2][:3]
-            file.seek(2**20 + 1)
-            assert file.read() == data[2][2**20 + 1 :]
-        assert faults.counts["cut"] > uncut
+    store = open_store(s3_url)
+    for number, content in enumerate(data * 3):
+        store.put(f"{KEY}.{number}", content)
+    for number, content in enumerate(data * 3):
+        assert store.get(f"{KEY}.{number}") == content
+    uncut = faults.counts["cut"]
+    address = s3_address(s3_url)
+    assert address
+    with storage.S3Folder(*address).open(f"{KEY}.2") as file:  # in parts, as raw tars are read
+        assert file.read(3) == data[2][:3]
+        file.seek(2**20 + 1)
+        assert file.read() == data[2][2**20 + 1 :]
+    assert faults.counts["cut"] > uncut
     assert faults.counts["failed"] >= 3 and faults.counts["cut"] >= 3, faults.counts
 
 
-def test_shards_are_written_and_read_through_faults(s3_url, s3, monkeypatch, tmp_path):
-    data = DataConfig(
-        source="digits", image_size=8, channels=1, num_levels=17, validation=180, test=360,
-        shard_images=40,
-    )  # fmt: skip
+def test_shards_are_written_and_read_through_faults(s3_url, faults, tmp_path):
+    data = digits(shard_images=40)
     source, plain = open_source("digits", data), open_store(f"file://{tmp_path}/store")
     expected = write_shards("digits", data, source, plain, tmp_path / "digits.json")
     cache = BlockCache(folder=tmp_path / "cache", limit_bytes=2**30)
-    with faulty_proxy(s3.endpoint, share=0.1) as faults:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.endpoint)
-        monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount",
-                            lambda *_: 0.01)  # fmt: skip
-        storage._s3_client.cache_clear()
-        store = open_store(s3_url)
-        manifest = write_shards("digits", data, source, store, tmp_path / "digits.json")
-        reader = ShardReader(manifest, store, "train", cache=cache, workers=1)
-        read = torch.cat([x_BCHW for _, x_BCHW in reader.scan(200)])
+    store = open_store(s3_url)
+    manifest = write_shards("digits", data, source, store, tmp_path / "digits.json")
+    reader = ShardReader(manifest, store, "train", cache=cache, workers=1)
+    read = torch.cat([x_BCHW for _, x_BCHW in reader.scan(200)])
     assert faults.counts["failed"] >= 3, faults.counts
     assert manifest == expected
     none = BlockCache(folder=tmp_path / "none", limit_bytes=0)
@@ -303,10 +312,7 @@ def test_shards_are_written_and_read_through_faults(s3_url, s3, monkeypatch, tmp
 
 def test_a_server_that_starts_again_while_shards_are_written(tmp_path, monkeypatch):
     ports = free_ports(len(PORTS))
-    data = DataConfig(
-        source="digits", image_size=8, channels=1, num_levels=17, validation=180, test=360,
-        shard_images=10,
-    )  # fmt: skip
+    data = digits(shard_images=10)
     source, plain = open_source("digits", data), open_store(f"file://{tmp_path}/store")
     expected = write_shards("digits", data, source, plain, tmp_path / "digits.json")
     store, killed = open_store("s3://bucket/again"), threading.Event()
@@ -315,9 +321,7 @@ def test_a_server_that_starts_again_while_shards_are_written(tmp_path, monkeypat
     (tmp_path / "s3").mkdir()
     with contextlib.ExitStack() as running:
         server = running.enter_context(s3_server(tmp_path / "s3", ports))
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        storage._s3_client.cache_clear()
+        use(monkeypatch, server.environment())
 
         def kill(images: int) -> None:
             if images > 200 and not killed.is_set():
@@ -342,9 +346,7 @@ def test_a_server_that_is_killed_and_starts_again_costs_time_alone(tmp_path, mon
     ports = free_ports(len(PORTS))
     data = os.urandom(2**20)
     with s3_server(tmp_path, ports) as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        storage._s3_client.cache_clear()
+        use(monkeypatch, server.environment())
         store = open_store("s3://bucket/restart")
         for number in range(8):
             store.put(f"{KEY}.{number}", data)
