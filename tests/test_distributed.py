@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ from typing import Any
 import kills
 import pytest
 import torch
+import torch.distributed as dist
 from test_training import CPU, MODEL, settings
 
 from vdvae.config import TrainConfig, UserError
-from vdvae.distributed import ALONE, Ranks, ranks
+from vdvae.distributed import ALONE, Ranks, _fresh, ranks
 from vdvae.training import noise_of, share_of, start, train, update
 
 BATCH = 8
@@ -166,3 +169,20 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(size: int, tmp_path
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+
+
+def test_ranks_that_start_again_do_not_meet_those_before_them() -> None:
+    """torchrun keeps its store: whoever comes first finds the answers of ranks that have died."""
+    store = dist.HashStore()
+
+    def meet(rank: int, start: int, late: int) -> str:
+        if rank == late:
+            time.sleep(0.5)  # the others look at what is there
+        part = _fresh(store, rank, 3)
+        part.set(f"address/{rank}", f"{start}/{rank}")
+        return " ".join(part.get(f"address/{other}").decode() for other in range(3))
+
+    with ThreadPoolExecutor(3) as pool:
+        for start, late in enumerate((0, 2, 0, 1)):
+            found = pool.map(meet, range(3), [start] * 3, [late] * 3, timeout=30)
+            assert set(found) == {f"{start}/0 {start}/1 {start}/2"}

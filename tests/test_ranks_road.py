@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from test_road import curves, mlflow_runs
 from pipeline.exits import CANCELLED
 from pipeline.launch import _cause
 from pipeline.process import environment_of
+from pipeline.services.definitions import free_ports
 
 pytestmark = pytest.mark.integration
 
@@ -147,6 +149,37 @@ def test_torchrun_starts_the_same_stage(project: Project) -> None:
     output, _ = child.communicate(timeout=120)
     assert child.returncode == 0, output
     assert "resuming at step" in output
+    again = weights(project)
+    assert all(torch.equal(value, again[name]) for name, value in undisturbed.items())
+
+
+def test_a_machine_that_is_lost_comes_back(project: Project) -> None:
+    """Two of torchrun's agents stand for two machines; the second dies with all that it runs."""
+    project.stage("shard", "digits")
+    project.stage("train", "digits", **TWO)
+    undisturbed = weights(project)
+    forget_training(project)
+    (port,) = free_ports(1)
+    agent = (
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"),
+        *("--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-id=here"),
+        *(f"--rdzv-endpoint=localhost:{port}", "-m", "pipeline.stages.train", "digits"),
+    )
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # docs/operations.md says why
+    first = project.start(*agent, **own_store)
+    while socket.socket().connect_ex(("localhost", port)):
+        assert first.poll() is None
+        time.sleep(0.1)
+    lost = project.start(*agent, **own_store)
+    wait_for_step(first, 15)
+    rank = ranks_of(project)[1]  # of a process group of its own
+    os.killpg(lost.pid, signal.SIGKILL)
+    os.kill(rank, signal.SIGKILL)
+    lost.communicate()
+    back = project.start(*agent, **own_store)
+    for process in (first, back):
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
     again = weights(project)
     assert all(torch.equal(value, again[name]) for name, value in undisturbed.items())
 

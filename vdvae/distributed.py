@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from vdvae.config import UserError
@@ -128,13 +132,42 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
             )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
+    rank = int(os.environ["RANK"])
+    meeting = os.environ.get(RENDEZVOUS, "env://")
+    store, _, _ = next(rendezvous(meeting, rank, size, timeout=_PATIENCE))
     dist.init_process_group(
-        backend,
-        init_method=os.environ.get(RENDEZVOUS, "env://"),
-        rank=int(os.environ["RANK"]),
-        world_size=size,
-        timeout=_PATIENCE,
+        backend, store=_fresh(store, rank, size), rank=rank, world_size=size, timeout=_PATIENCE
     )
     yield Ranks(dist.get_rank(), dist.get_world_size())
     # Not after an error: NCCL would wait here for the others, which wait for this one's end.
     dist.destroy_process_group()
+
+
+def _fresh(store: Store, rank: int, size: int) -> Store:
+    """A part of the store that only the ranks started together see, whatever others left in it.
+
+    torchrun keeps one store through its restarts, with the addresses of ranks that have died, and
+    no number that it hands out is both new at each restart and the same on every machine. So each
+    rank draws a name: the first one's is the part's, and it lists those who have answered to it.
+
+    Args:
+        store: one that all ranks reach; earlier ranks may have used it, but have ended.
+
+    Raises:
+        RuntimeError: where a rank does not come within half an hour.
+    """
+    me = uuid.uuid4().hex
+    if rank == 0:
+        store.set("vdvae/first", me)
+        others = [store.get(f"{me}/{other}").decode() for other in range(1, size)]
+        store.set(f"{me}/all", " ".join(others))
+        return PrefixStore(me, store)
+    deadline = time.monotonic() + _PATIENCE.total_seconds()
+    while time.monotonic() < deadline:
+        first = store.get("vdvae/first").decode()  # an earlier one's, perhaps: its list lacks us
+        store.set(f"{first}/{rank}", me)
+        listed = f"{first}/all"
+        if store.check([listed]) and me in store.get(listed).decode().split():
+            return PrefixStore(first, store)
+        time.sleep(0.05)
+    raise RuntimeError(f"ranks: the first one did not answer rank {rank} within {_PATIENCE}")
