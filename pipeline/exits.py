@@ -13,14 +13,22 @@ from typing import NoReturn, TextIO
 from vdvae.config import UserError
 
 BAD_INPUT = 2  # an error that the user can mend
+AWAY = 75  # a server did not answer (sysexits' EX_TEMPFAIL): the same command may work later
 CANCELLED = 143  # after SIGTERM: 128 + 15
 _READER_GONE = 141  # as if by SIGPIPE: 128 + 13
 
 
-def fail(sentence: str) -> NoReturn:
-    """Says what is wrong in one line and exits with the code for bad input."""
-    print(f"error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
-    sys.exit(BAD_INPUT)
+class Away(UserError):
+    """A server that something lies on does not answer, or says that the fault is its own."""
+
+
+def fail(error: UserError | str) -> NoReturn:
+    """Says what is wrong in one line and exits: BAD_INPUT, or AWAY where that is behind it."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    behind: BaseException | None = error if isinstance(error, UserError) else None
+    while behind is not None and not isinstance(behind, Away):
+        behind = behind.__cause__ or behind.__context__
+    sys.exit(BAD_INPUT if behind is None else AWAY)
 
 
 def machine_error(error: OSError) -> str | None:
@@ -51,7 +59,7 @@ def as_a_command() -> Iterator[None]:
         try:
             yield
         except UserError as error:
-            fail(str(error))
+            fail(error)
         finally:
             sys.stdout.flush()  # at the interpreter's own end it would be too late
     except BrokenPipeError:

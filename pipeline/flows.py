@@ -42,7 +42,7 @@ from prefect.exceptions import Abort, TerminationSignal
 from prefect.states import Cancelled, Failed, Scheduled, State
 
 from pipeline import experiment, process
-from pipeline.exits import BAD_INPUT, CANCELLED, fail
+from pipeline.exits import AWAY, BAD_INPUT, CANCELLED, fail
 from pipeline.overrides import (
     BatchSize,
     Data,
@@ -68,6 +68,7 @@ warnings.filterwarnings("ignore", message='Field name "register"')
 
 _ATTEMPTS = 3  # of a stage whose process was lost, or whose network was
 _PAUSE_SECONDS = (2, 10)  # before the second and the third
+_AWAY_SECONDS = (30, 120)  # where a server did not answer, which may be starting again
 _LINE_SECONDS = 1.0  # of the trainer's lines, one in this time goes to the log
 _LINES_A_SECOND = 100  # of all others
 _ARTIFACT_SECONDS = 2.0  # between two updates of the progress
@@ -218,8 +219,8 @@ def _run(recipe: str, overrides: Overrides, in_clone: bool) -> State[None] | Non
 def repro(stage: str, recipe: str, page: _Page) -> State[None] | None:
     """Brings one stage up to date; what it prints goes to the run's log.
 
-    A stage that was lost (killed, or cut from the network) is started up to three times and goes
-    on where it was; bad input (exit code 2) and a signal are final.
+    A stage that was lost (killed, or a server it needs is away) is started up to three times and
+    goes on where it was; bad input (exit code 2) and a signal are final.
     """
     logger = get_run_logger()
     for attempt in range(1, _ATTEMPTS + 1):
@@ -246,7 +247,8 @@ def repro(stage: str, recipe: str, page: _Page) -> State[None] | None:
                 attempt + 1,
                 _ATTEMPTS,
             )
-            time.sleep(_PAUSE_SECONDS[attempt - 1])
+            pauses = _AWAY_SECONDS if error.code == AWAY else _PAUSE_SECONDS
+            time.sleep(pauses[attempt - 1])
         finally:
             say.flush()
     raise AssertionError("the last attempt returns")
@@ -598,7 +600,7 @@ def main(recipe: str, overrides: Overrides | None = None, name: str | None = Non
             values = asdict(overrides) if overrides else {}
             state = run_recipe(**values, return_state=True)
     except UserError as error:
-        fail(str(error))
+        fail(error)
     except TerminationSignal:
         sys.exit(CANCELLED)
     finally:

@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -64,9 +65,8 @@ class Journal:
             UserError: MLflow fails; what was not told stays, and is told by the next call.
         """
         with self._mutex:
-            # A loss of power may have cut the last line short.
             lines = self._path.read_bytes()[self._told :].rpartition(b"\n")[0]
-        entries = [next(iter(json.loads(line).items())) for line in lines.splitlines()]
+        entries = list(_whole(lines))
         points = [value for kind, value in entries if kind == "point"]
         if points:
             run.log_points(points)
@@ -133,6 +133,12 @@ def left_journals(runs: Path, run_id: str = "*") -> Iterator[Journal]:
         if file is not None:
             with Journal(path.parent, file) as journal:
                 yield journal
+
+
+def _whole(lines: bytes) -> Iterator[tuple[str, Any]]:
+    for line in lines.splitlines():
+        with suppress(ValueError, StopIteration):  # cut short by a loss of power
+            yield next(iter(json.loads(line).items()))
 
 
 class BufferedRun:

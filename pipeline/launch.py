@@ -5,6 +5,7 @@ torchrun does the same over any number of machines (docs/operations.md); then th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,7 +15,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.exits import BAD_INPUT, CANCELLED
+from pipeline.exits import AWAY, BAD_INPUT, CANCELLED
+from pipeline.process import end_with_parent
 from vdvae.config import UserError
 
 if TYPE_CHECKING:
@@ -74,8 +76,10 @@ def launch(module: str, name: str, size: int) -> int:
 
     Where one fails or is killed, the others end within half a minute. SIGTERM is passed on.
     """
-    with tempfile.TemporaryDirectory(prefix="vdvae-ranks-") as folder:
-        logs = [Path(folder) / f"{rank}.log" for rank in range(size)]
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vdvae-ranks-"))
+        # Kept open: after weeks, the system's cleaner of old files may have taken their names.
+        logs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(size)]
         processes: list[subprocess.Popen[bytes]] = []
 
         def end_all(number: int = signal.SIGTERM) -> None:
@@ -85,22 +89,23 @@ def launch(module: str, name: str, size: int) -> int:
         signal.signal(signal.SIGTERM, lambda number, frame: end_all())
         signal.signal(signal.SIGINT, lambda number, frame: end_all())
         for rank, log in enumerate(logs):
-            with log.open("wb") as stderr:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", module, name],
-                        env={**os.environ, **rank_environment(rank, size, Path(folder))},
-                        stdout=None if rank == 0 else subprocess.DEVNULL,
-                        stderr=stderr,
-                    )
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", module, name],
+                    env={**os.environ, **rank_environment(rank, size, Path(folder))},
+                    stdout=None if rank == 0 else subprocess.DEVNULL,
+                    stderr=log,
+                    preexec_fn=end_with_parent,  # not only after seconds of imports
                 )
+            )
         try:
             first = _first_to_fail(processes)
         finally:
             end_all(signal.SIGKILL)
             for process in processes:
                 process.wait()
-        sys.stderr.write(logs[first].read_text(errors="replace"))
+        logs[first].seek(0)
+        sys.stderr.write(logs[first].read().decode(errors="replace"))
         code = processes[first].returncode
         if code < 0:
             print(f"rank {first} was killed by signal {-code}; run the same command again to go on")
@@ -139,4 +144,5 @@ def _first_to_fail(processes: list[subprocess.Popen[bytes]]) -> int:
 
 def _cause(failed: dict[int, int]) -> int:
     # Of several alike the one that was seen first.
-    return min(failed, key=lambda r: (failed[r] >= 0, failed[r] != BAD_INPUT), default=0)
+    told = (BAD_INPUT, AWAY)
+    return min(failed, key=lambda r: (failed[r] >= 0, failed[r] not in told), default=0)

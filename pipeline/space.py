@@ -152,6 +152,10 @@ def find_needs(places: Places, cache: Path) -> Needs:
         UserError: a manifest is damaged, or git or MLflow cannot be asked.
     """
     needs = Needs()
+    # In the direction in which shards pass on: what moves meanwhile is seen at one place or both.
+    for path in (places.runs / STATES).glob("*/*.json"):
+        with suppress(OSError, ValueError, LookupError, TypeError):  # not kept: it is made again
+            needs.keys.setdefault(json.loads(path.read_bytes())["key"], "a sharding to go on with")
     for path in sorted(_MANIFESTS.glob("*.json")):
         needs.add(_load(path), "this checkout")
     stored = open_store(places.store_url).list()
@@ -160,9 +164,6 @@ def find_needs(places: Places, cache: Path) -> Needs:
     for folder in _workplaces():
         for path in sorted((folder / _MANIFESTS).glob("*.json")):
             needs.add(_load(path), f"a process that works in {folder}")
-    for path in (places.runs / STATES).glob("*/*.json"):
-        with suppress(OSError, ValueError, LookupError, TypeError):  # not kept: it is made again
-            needs.keys.setdefault(json.loads(path.read_bytes())["key"], "a sharding to go on with")
     for path in _cached_manifests(cache):
         needs.add(_load(path), "a manifest in DVC's cache: a branch, tag or experiment had it")
     for recipe, md5, where in _named_by_git():
@@ -302,13 +303,12 @@ def _shards(store: Store, needs: Needs | None, before: float) -> Iterator[Entry]
     for stored in store.list():
         groups[_verdict(stored, needs, before)].append(stored)
     for (what, why, goes), group in sorted(groups.items()):
-        keys = [stored.key for stored in group]
         yield Entry(
             place=f"store {store.root}",
             what=f"{what}, {len(group)}",
             bytes=sum(stored.bytes for stored in group),
             why=why,
-            remove=partial(_delete, store, keys) if goes else None,
+            remove=partial(_delete, store, set(group)) if goes else None,
         )
 
 
@@ -358,9 +358,10 @@ def _remove_unused(paths: Iterable[Path]) -> None:
         remove_unused(path)
 
 
-def _delete(store: Store, keys: Iterable[str]) -> None:
-    for key in keys:
-        store.delete(key)
+def _delete(store: Store, group: set[Stored]) -> None:
+    for stored in store.list():
+        if stored in group:  # else somebody has put it again since
+            store.delete(stored.key)
 
 
 def _states(runs: Path, cache: Path, before: float) -> Iterator[Entry]:

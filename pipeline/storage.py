@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.exits import Away
 from vdvae.config import UserError
 from vdvae.files import atomic_write
 
@@ -407,18 +408,28 @@ def _listed(client: Any, bucket: str, start: str) -> Iterator[Stored]:
 @contextlib.contextmanager
 def _s3(failure: Callable[[str, str], UserError]) -> Iterator[Any]:
     # The client; its errors become those that `failure` makes of their code and reason.
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        ConnectionError,
+        HTTPClientError,
+        IncompleteReadError,
+    )
 
     try:
         yield _s3_client(os.getpid())
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "")
         message = error.response.get("Error", {}).get("Message") or "no reason given"
-        raise failure(code, shown(f"{code} {message}".strip("."))) from error
+        refusal = failure(code, shown(f"{code} {message}".strip(".")))
+        its_own = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400) >= 500
+        raise (Away(str(refusal)) if its_own else refusal) from error
     except BotoCoreError as error:
         # An endpoint may be written with a password.
         reason = re.sub(r"//[^/\s]*@", "//", str(error).strip("."))
-        raise failure("", shown(reason)) from error
+        refusal = failure("", shown(reason))
+        cut = isinstance(error, (ConnectionError, HTTPClientError, IncompleteReadError))
+        raise (Away(str(refusal)) if cut else refusal) from error
 
 
 @functools.lru_cache(maxsize=1)

@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from pipeline.exits import innermost
+from pipeline.exits import Away, innermost
 from pipeline.journal import left_journals
 from pipeline.lineage import lock_entries
 from pipeline.params import Places
@@ -76,10 +76,19 @@ def mlflow_errors(tracking_uri: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
+        raise _refusal(tracking_uri, error)(
             f"MLflow at {without_credentials(tracking_uri)} fails ({text[0][:300]}); "
             f"mend it, or set MLFLOW_TRACKING_URI to another"
         ) from error
+
+
+def _refusal(tracking_uri: str, error: Exception) -> type[UserError]:
+    """Away, unless it is a server that has said what is wrong, or none is asked."""
+    from mlflow.exceptions import MlflowException
+
+    refused = isinstance(error, MlflowException) and error.get_http_status_code() < 500
+    served = urlsplit(tracking_uri).scheme in ("http", "https")
+    return Away if served and not refused else UserError
 
 
 def connect(tracking_uri: str) -> MlflowClient:
@@ -98,7 +107,7 @@ def connect(tracking_uri: str) -> MlflowClient:
     try:
         return _client(tracking_uri)
     except Exception as error:  # requests, SQLAlchemy, sqlite and MLflow raise their own
-        raise UserError(
+        raise _refusal(tracking_uri, error)(
             f"MLflow at {without_credentials(tracking_uri)} does not answer "
             f"({innermost(error)}); start it or unset MLFLOW_TRACKING_URI"
         ) from error
@@ -396,13 +405,14 @@ def open_run(
                 run_name=f"{recipe_name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}",
                 tags={_KEY_TAG: key, "recipe": recipe_name, **revision_tags()},
             )
-        elif run.info.status != "RUNNING":
-            client.update_run(run.info.run_id, status="RUNNING")
     assert claim is not None
-    opened = Run(client, run.info.run_id, tracking_uri=uri, store_url=places.store_url, lock=claim)
-    for left in left_journals(places.runs, opened.run_id):  # again: now it must not fail
-        left.deliver(opened)
+    run_id, store_url = run.info.run_id, places.store_url
+    for left in left_journals(places.runs, run_id):  # again: now it must not fail
+        left.deliver(Run(client, run_id, tracking_uri=uri, store_url=store_url, lock=None))
         left.remove()
+    with mlflow_errors(uri):
+        client.update_run(run_id, status="RUNNING")  # whatever end was told
+    opened = Run(client, run_id, tracking_uri=uri, store_url=store_url, lock=claim)
     opened.log_params(params)
     lock = Path("dvc.lock")
     data_tags = {"manifest_digest": manifest.digest} if manifest else {}

@@ -178,6 +178,17 @@ def test_a_stage_that_fails_three_times_ends_the_run_with_its_last_lines(
     assert ended.value.code == 2
     assert newest_run().state.message.count("once") == 1
 
+    # A server that does not answer may be starting again: it is given more time, and asked again.
+    (project.folder / "pipeline/stages/shard.py").write_text(
+        "from pipeline.exits import Away, fail; fail(Away('S3 is away'))"
+    )
+    pauses: list[float] = []
+    monkeypatch.setattr(flows.time, "sleep", pauses.append)
+    with inside(project), pytest.raises(SystemExit):
+        flows.main("digits")
+    assert "error: S3 is away" in newest_run().state.message
+    assert [pause for pause in pauses if pause >= 30] == [30, 120]
+
 
 def test_a_cancelled_run_leaves_a_checkpoint_and_nothing_else(tmp_path: Path) -> None:
     project = made(tmp_path / "project")

@@ -18,7 +18,7 @@ import torch
 from conftest import Project
 from test_road import curves, mlflow_runs
 
-from pipeline.exits import CANCELLED
+from pipeline.exits import AWAY, CANCELLED
 from pipeline.launch import _cause
 from pipeline.process import environment_of
 from pipeline.services.definitions import free_ports
@@ -189,7 +189,7 @@ def test_what_one_rank_alone_meets_is_what_the_command_says(project: Project) ->
     project.stage("shard", "digits")
     began = time.monotonic()
     output = project.stage(
-        "train", "digits", code=2, **TWO, MLFLOW_TRACKING_URI="http://127.0.0.1:9"
+        "train", "digits", code=AWAY, **TWO, MLFLOW_TRACKING_URI="http://127.0.0.1:9"
     )
     assert time.monotonic() - began < 90
     assert output.count("error: ") == 1
@@ -202,6 +202,7 @@ def test_who_was_killed_or_has_a_sentence_is_the_cause() -> None:
     """Ranks that fail within one look: the others' broken connections are not it."""
     assert _cause({0: 1, 1: -9, 2: 1}) == 1
     assert _cause({1: 1, 0: 2}) == 0
+    assert _cause({1: 1, 0: AWAY}) == 0
     assert _cause({2: 1, 0: 1}) == 2
     assert _cause({}) == 0
 

@@ -27,6 +27,7 @@ from PIL import Image
 from s3_server import S3Server
 
 from pipeline import storage
+from pipeline.exits import AWAY
 from pipeline.overrides import Overrides, apply
 
 pytestmark = pytest.mark.integration
@@ -173,6 +174,19 @@ def test_two_commands_to_a_registered_model(project: Project, tmp_path: Path) ->
     assert weights_sha256(project) == registered["weights_sha256"]
     project.repro("-f", "-s", "register@digits")
     assert read(project, "registered.json")["version"] == 1
+
+    # More steps go on from what DVC has recorded, and a kill on the way loses none of them.
+    project.set(lambda params: params["recipes"]["digits"]["train"].update(steps=60))
+    child = project.start(sys.executable, "-m", "pipeline.stages.train", "digits")
+    for line in child.stdout or ():
+        if line.startswith("step 35/60"):
+            break
+    os.killpg(child.pid, signal.SIGKILL)
+    child.communicate()
+    assert not list(project.folder.glob("runs/*/curves.csv"))  # it would count as finished
+    output = project.repro("-s", "train@digits")
+    assert re.search("resuming at step [345]0/60", output)
+    assert "step 60/60" in output
 
 
 def test_figures_do_not_depend_on_ranks_and_batches(project: Project) -> None:
@@ -424,7 +438,7 @@ def test_places_that_cannot_be_written_are_named(project: Project) -> None:
 def test_mlflow_that_does_not_answer_is_named(project: Project) -> None:
     project.stage("shard", "digits")
     uri = "http://127.0.0.1:9"  # the discard port: nobody listens
-    output = project.stage("train", "digits", code=2, MLFLOW_TRACKING_URI=uri)
+    output = project.stage("train", "digits", code=AWAY, MLFLOW_TRACKING_URI=uri)
     assert output.startswith(f"error: MLflow at {uri} does not answer")
     assert not (project.folder / "results/digits/model").exists()
 

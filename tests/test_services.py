@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import urllib.request
@@ -18,9 +19,39 @@ import yaml
 from conftest import ROOT, Project
 from services_project import Services
 
+from pipeline.services import folder
+from pipeline.services.commands import stop
+
 pytestmark = pytest.mark.integration
 
 RECIPES = {"digits", "cifar10", "imagenet32", "imagenet64", "ffhq256", "ffhq1024", "folder"}
+
+
+def test_stop_waits_for_a_supervisor_that_has_just_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder.FOLDER.mkdir()
+    begins = """
+import os, time
+from pipeline.process import try_lock
+from pipeline.services import folder
+lock = try_lock(folder.LOCK)
+print("holds the lock", flush=True)
+time.sleep(1)
+folder.write_record({"supervisor": os.getpid()})
+time.sleep(60)
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", begins],
+        env={**os.environ, folder.MARK: str(folder.FOLDER.resolve())},
+        stdout=subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    with child.stdout:
+        child.stdout.readline()
+        stop()
+    assert child.wait(timeout=10) == -signal.SIGTERM
 
 
 @pytest.fixture(scope="module")

@@ -311,6 +311,19 @@ def test_training_states_and_what_kills_left(project, capsys):
     assert json.loads(Path("results/tiny/registered.json").read_text())["version"] == 1
 
 
+def test_what_is_put_again_while_gc_looks_stays(project, monkeypatch):
+    shards(project, 1200)
+    make_old(project, monkeypatch)
+    cache = space.dvc_cache()
+    entries = space.survey(project, cache, space.find_needs(project, cache), 24)
+    [entry] = [entry for entry in entries if entry.remove and "shards of tiny" in entry.what]
+    store, [again, *others] = open_store(project.store_url), sorted(keys(project))
+    assert others
+    store.put(again, store.get(again))  # by somebody whose manifest is to list it
+    entry.remove()
+    assert keys(project) == {again}
+
+
 def test_du_tells_who_needs_what(project, monkeypatch, capsys):
     register_one(project)
     shards(project, 1200)

@@ -409,8 +409,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL
     [journal] = places.runs.glob("mlflow/*/journal.jsonl")
     assert journal.read_bytes().count(b"\n") == 20
-    with journal.open("a") as file:  # a loss of power cut the last line short
-        file.write('{"point": {"step": 20, "ti')
+    with journal.open("a") as file:  # losses of power cut lines short
+        file.write('{"tags": {"a": \n{"point": {"step": 20, "ti')
 
     resumed = opened(places, run_file)  # from a checkpoint at step 15
     with BufferedRun(resumed, places.runs) as run:
@@ -418,6 +418,31 @@ os.kill(os.getpid(), signal.SIGKILL)
         run.log_points([point | {"time": time.time()} for point in points(15, 40)])
     for key in ("loss", "validation"):
         assert curve(resumed, key) == expected(40, key)
+    assert left_over(places) == []
+
+
+def test_an_end_that_is_told_late_does_not_end_the_next_stage(places, tmp_path, monkeypatch):
+    first = opened(places, tmp_path / "run.json")
+    with new_journal(places.runs, first.run_id) as journal:
+        journal.append("point", points(0, 1)[0])
+        journal.append("end", {"status": "KILLED", "milliseconds": 1})
+    first.close()
+    deliver, calls = tracking.Run.log_points, []
+
+    def fails_once(run, points):
+        calls.append(points)
+        if len(calls) == 1:
+            raise UserError("MLflow fails")
+        deliver(run, points)
+
+    monkeypatch.setattr(tracking.Run, "log_points", fails_once)
+    second = opened(places, tmp_path / "run.json")
+    assert len(calls) == 2
+    assert curve(second, "loss") == expected(1, "loss")
+    assert second.client.get_run(second.run_id).info.status == "RUNNING"
+    tracking.settle(places)  # another process looks: somebody has this run
+    assert second.client.get_run(second.run_id).info.status == "RUNNING"
+    second.finish()
     assert left_over(places) == []
 
 

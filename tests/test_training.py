@@ -187,6 +187,26 @@ def test_a_checkpoint_that_was_damaged_is_passed_over(
     assert found[1]["step"] == 8
 
 
+def test_checkpoints_that_cannot_be_read_now_are_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed(tmp_path, settings())
+    there = sorted(tmp_path.iterdir())
+
+    def fails(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="Input/output"):
+        patched.setattr(checkpoint, "sha256_of", fails)
+        undisturbed(tmp_path, settings(steps=99))
+    assert sorted(tmp_path.iterdir()) == there
+    for path in tmp_path.glob("*.safetensors"):
+        path.write_bytes(b"rot")
+    with pytest.raises(UserError, match="no checkpoint in it is whole; restore one of them"):
+        undisturbed(tmp_path, settings(steps=99))
+    assert sorted(tmp_path.iterdir()) == there
+
+
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("No space in memory")]
 )

@@ -149,16 +149,26 @@ def read_newest_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] 
 
     A state without its index does not exist; one whose bytes changed since is passed over for the
     one before it.
+
+    Raises:
+        OSError: a state cannot be read at this moment: to go on without it would remove it.
+        UserError: there are states, but none is whole.
     """
+    index = None
     for index in sorted(folder.glob("step-*.json"), reverse=True):
         path = index.with_suffix(".safetensors")
         try:
             state = json.loads(index.read_text())
             if state.pop("sha256") == sha256_of(path):
                 return _read_tensors(path, ""), state
-        except (OSError, KeyError, json.JSONDecodeError, UnicodeDecodeError):
+        except (FileNotFoundError, LookupError, TypeError, ValueError):
             pass
         print(f"{path}: passed over, its bytes are not those that were written", flush=True)
+    if index is not None:
+        raise UserError(
+            f"{folder}: no checkpoint in it is whole; restore one of them, or remove the folder to "
+            f"begin anew"
+        )
     return None
 
 

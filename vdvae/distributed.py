@@ -135,6 +135,7 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
     rank = int(os.environ["RANK"])
     meeting = os.environ.get(RENDEZVOUS, "env://")
     store, _, _ = next(rendezvous(meeting, rank, size, timeout=_PATIENCE))
+    store.set_timeout(_PATIENCE)  # a file does not take it over
     dist.init_process_group(
         backend, store=_fresh(store, rank, size), rank=rank, world_size=size, timeout=_PATIENCE
     )
@@ -157,17 +158,25 @@ def _fresh(store: Store, rank: int, size: int) -> Store:
         RuntimeError: where a rank does not come within half an hour.
     """
     me = uuid.uuid4().hex
+    deadline = time.monotonic() + _PATIENCE.total_seconds()
+
+    def found(key: str) -> str | None:
+        # Looks again and again: a `get` that waits would keep Python from heeding signals.
+        return store.get(key).decode() if store.check([key]) else None
+
     if rank == 0:
         store.set("vdvae/first", me)
-        others = [store.get(f"{me}/{other}").decode() for other in range(1, size)]
-        store.set(f"{me}/all", " ".join(others))
-        return PrefixStore(me, store)
-    deadline = time.monotonic() + _PATIENCE.total_seconds()
+    missing = f"rank {0 if rank else 1}"
     while time.monotonic() < deadline:
-        first = store.get("vdvae/first").decode()  # an earlier one's, perhaps: its list lacks us
-        store.set(f"{first}/{rank}", me)
-        listed = f"{first}/all"
-        if store.check([listed]) and me in store.get(listed).decode().split():
-            return PrefixStore(first, store)
+        if rank == 0:
+            answers = [found(f"{me}/{other}") for other in range(1, size)]
+            if None not in answers:
+                store.set(f"{me}/all", " ".join(map(str, answers)))
+                return PrefixStore(me, store)
+            missing = f"rank {1 + answers.index(None)}"
+        elif first := found("vdvae/first"):  # an earlier one's, perhaps: its list lacks us
+            store.set(f"{first}/{rank}", me)
+            if me in (found(f"{first}/all") or "").split():
+                return PrefixStore(first, store)
         time.sleep(0.05)
-    raise RuntimeError(f"ranks: the first one did not answer rank {rank} within {_PATIENCE}")
+    raise RuntimeError(f"ranks: {missing} did not come within {_PATIENCE}")

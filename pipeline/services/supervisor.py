@@ -165,6 +165,8 @@ class Supervisor:
                 _say(f"{service.name} ended with {code}; not started again, see {service.log}")
                 service.given_up = True
                 continue
+            if service.name == "worker" and not answers(self.services[0].probe):
+                continue  # it is Prefect that knows which runs the dead one has lost
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(service.process.pid, signal.SIGKILL)  # what it left in its group
             self._pause(min(2.0**service.restarts, 30))

@@ -47,7 +47,7 @@ def main(stage: Callable[[str], None], *, in_ranks: bool = False, computes: bool
             sys.exit(launch(f"pipeline.stages.{stage.__name__}", name, size))
         stage(name)
     except UserError as error:
-        fail(str(error))
+        fail(error)
     except OSError as error:
         sentence = machine_error(error)
         if sentence is None:

@@ -74,7 +74,7 @@ def train(name: str) -> None:
     folder = places.runs / f"{name}-{run_digest(recipe, manifest)}"
     lock = folder.with_suffix(".lock")
     with ranks(device) as group, alone(lock) if group.first else nullcontext():
-        if group.first and _recorded_by_dvc(name, folder):
+        if group.first and _recorded_by_dvc(recipe, folder):
             # Finished and taken over: `dvc repro -f` starts afresh. Renamed first, so that a kill
             # leaves all of it or nothing.
             finished = folder.with_suffix(".finished")
@@ -205,6 +205,8 @@ def _lead(part: _Part, device: str) -> None:
             save_grid(run.files / "pictures" / "data.png", shown(first[: recipe.sample.n]))
         for sheet in sorted(places.results(recipe.name).glob("contact_*.png")):
             run.log_artifact(sheet, "pictures")
+        # Of a training that goes on to more steps: it counts as finished no longer.
+        (folder / "curves.csv").unlink(missing_ok=True)
         model = part.train(on_progress, look)
         results = places.results(recipe.name)
         curves = _curves_csv(history)
@@ -227,15 +229,20 @@ def run_digest(recipe: Recipe, manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _recorded_by_dvc(name: str, folder: Path) -> bool:
+def _recorded_by_dvc(recipe: Recipe, folder: Path) -> bool:
     """Whether dvc.lock holds this very run's curves: then DVC has taken over what it made.
 
-    A stage that was killed between its end and DVC's record gives its outputs once more instead.
+    A stage that was killed between its end and DVC's record gives its outputs once more instead,
+    and one that is to train for more steps than it did goes on.
     """
     curves, lock = folder / "curves.csv", Path("dvc.lock")
     if not curves.exists() or not lock.exists():
         return False
+    name = recipe.name
     stage = (yaml.safe_load(lock.read_text()) or {}).get("stages", {}).get(f"train@{name}", {})
+    recorded = stage.get("params", {}).get("params.yaml", {}).get(f"recipes.{name}.train", {})
+    if recipe.train.steps > recorded.get("steps", 0):
+        return False
     md5 = hashlib.md5(curves.read_bytes(), usedforsecurity=False).hexdigest()
     return any(out.get("md5") == md5 for out in stage.get("outs", []))
 
