@@ -108,17 +108,19 @@ def press_retry(services: Services, run: str) -> None:
     """
     time.sleep(8)
     again = {"type": "SCHEDULED", "name": "AwaitingRetry"}
-    services.api(f"/flow_runs/{run}/set_state", {"state": again, "force": True})
+    status, answer = services.api(f"/flow_runs/{run}/set_state", {"state": again, "force": True})
+    assert status in (200, 201), answer
 
 
 def left_over(services: Services, run: str) -> list[str]:
     """Commands of the run that are still there, after the worker had a moment to end them."""
-    for _ in range(50):
+    for _ in range(300):
         left = [command for command, of in processes(services).values() if of == run]
+        left += [str(path) for path in (services.folder / "runs/flows").glob("*")]
         if not left:
             break
         time.sleep(0.2)
-    return left + [str(path) for path in (services.folder / "runs/flows").glob("*")]
+    return left
 
 
 def check(services: Services, run: str, seed: int, steps: int = STEPS) -> None:

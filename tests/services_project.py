@@ -51,11 +51,16 @@ class Services(Project):
             data=None if body is None else json.dumps(body).encode(),
             headers=headers,
         )
-        try:
-            with urllib.request.urlopen(request, timeout=20) as answer:
-                return answer.status, json.loads(answer.read() or b"null")
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read() or b"null")
+        for _ in range(5):
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return answer.status, json.loads(answer.read() or b"null")
+            except urllib.error.HTTPError as error:
+                status, body_of_it = error.code, json.loads(error.read() or b"null")
+            if status != 503:  # SQLite is busy: Prefect asks its clients to try again
+                break
+            time.sleep(1)
+        return status, body_of_it
 
     def deployment(self, name: str) -> str:
         status, found = self.api(f"/deployments/name/run-recipe/{name}")
@@ -64,12 +69,7 @@ class Services(Project):
 
     def begin(self, deployment: str, **parameters: Any) -> tuple[int, Any]:
         path = f"/deployments/{self.deployment(deployment)}/create_flow_run"
-        for _ in range(5):
-            status, answer = self.api(path, {"parameters": parameters})
-            if status != 503:  # SQLite is busy: Prefect asks its clients to try again
-                break
-            time.sleep(1)
-        return status, answer
+        return self.api(path, {"parameters": parameters})
 
     def wait(self, run: str, wanted: set[str], seconds: float) -> str:
         deadline = time.monotonic() + seconds

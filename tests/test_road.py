@@ -176,17 +176,17 @@ def test_two_commands_to_a_registered_model(project: Project, tmp_path: Path) ->
     assert read(project, "registered.json")["version"] == 1
 
     # More steps go on from what DVC has recorded, and a kill on the way loses none of them.
-    project.set(lambda params: params["recipes"]["digits"]["train"].update(steps=60))
+    project.set(lambda params: params["recipes"]["digits"]["train"].update(steps=400))
     child = project.start(sys.executable, "-m", "pipeline.stages.train", "digits")
     for line in child.stdout or ():
-        if line.startswith("step 35/60"):
+        if line.startswith("step 35/400"):
             break
     os.killpg(child.pid, signal.SIGKILL)
     child.communicate()
     assert not list(project.folder.glob("runs/*/curves.csv"))  # it would count as finished
     output = project.repro("-s", "train@digits")
-    assert re.search("resuming at step [345]0/60", output)
-    assert "step 60/60" in output
+    assert re.search(r"resuming at step \d+0/400", output)
+    assert "step 400/400" in output
 
 
 def test_figures_do_not_depend_on_ranks_and_batches(project: Project) -> None:
@@ -211,7 +211,7 @@ def test_figures_do_not_depend_on_ranks_and_batches(project: Project) -> None:
         return {f"{row['split']}/{row['key']}": [float(row[n]) for n in names] for row in rows}
 
     project.repro("train@digits")
-    two = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    two = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     alone = figures(64)
     summary = read(project, "metrics.json")
     for other in (figures(7, *two), figures(7)):
@@ -237,6 +237,7 @@ def test_figures_do_not_depend_on_ranks_and_batches(project: Project) -> None:
     assert "tf32 needs a CUDA device" in project.run(*words, "--precision", "tf32", code=2)
 
 
+@pytest.mark.timeout(900)
 def test_killed_at_any_moment_the_same_command_gives_the_same_result(tmp_path: Path) -> None:
     """kill -9 of everything at random moments, then `dvc repro` again: all is equal."""
     projects = []

@@ -22,7 +22,7 @@ from services_project import Services
 from pipeline.services import folder
 from pipeline.services.commands import stop
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 RECIPES = {"digits", "cifar10", "imagenet32", "imagenet64", "ffhq256", "ffhq1024", "folder"}
 
@@ -81,7 +81,7 @@ def test_the_nightly_check_is_on_the_schedule(services: Services) -> None:
     while not (runs := services.api("/flow_runs/filter", body)[1]):
         assert time.monotonic() < deadline, "Prefect's scheduler has made no run of it"
         time.sleep(1)
-    assert {run["state"]["type"] for run in runs} == {"SCHEDULED"}
+    assert "SCHEDULED" in {run["state"]["type"] for run in runs}  # at 3 one of them runs
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_bad_form_values_are_refused_by_name(services: Services, field: str, val
 def test_a_run_from_the_form_arrives_as_an_experiment_and_a_version(services: Services) -> None:
     status, run = services.begin("digits", preset="smoke", seed=11, note="from a test")
     assert status in (200, 201), run
-    state = services.wait(run["id"], {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}, 150)
+    state = services.wait(run["id"], {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}, 400)
     assert state == "COMPLETED", services.logs(run["id"])
     keys = {
         artifact["key"]
@@ -232,7 +232,7 @@ def test_a_password_is_asked_for_and_written_nowhere(team: tuple[Services, str])
     services.wait(run["id"], {"RUNNING"}, 60)
     commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in services.marked()]
     assert len(commands) > 4
-    state = services.wait(run["id"], {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}, 150)
+    state = services.wait(run["id"], {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}, 400)
     assert state == "COMPLETED", services.logs(run["id"])
 
     # While a run lives, Prefect keeps its environment in a file that we alone may read.

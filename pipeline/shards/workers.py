@@ -195,12 +195,15 @@ class _Process:
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
-        self._send(maker)
+        self._maker: BlockMaker | None = maker  # to be sent before the first shard
 
     def make(self, shard: Shard, keep: bool) -> Decoded | None:
         """What `BlockMaker.make` gives, or raises, there."""
         assert self._child.stdout is not None
         try:
+            if self._maker is not None:
+                self._send(self._maker)
+                self._maker = None
             self._send((shard, keep))
             result = pickle.load(self._child.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
