@@ -115,15 +115,15 @@ def test_a_window_of_many_shards_is_made_at_once(made):
 
 def test_room_is_made_by_age_but_never_of_what_is_in_use(made, tmp_path):
     manifest, store = made
+    images(manifest, store, cache=cache_in(tmp_path))
     cache = cache_in(tmp_path, limit_bytes=3 * 4096)  # blocks take a page each
-    reader = ShardReader(manifest, store, "train", window_bytes=1, cache=cache)
-    stream = reader.scan(4)
-    next(stream)
     [held] = [path for path in blocks(cache) if path.name.startswith(first(manifest).sha256)]
-    os.utime(held, (0, 0))
+    for path in set(blocks(cache)) - {held}:
+        path.unlink()
     (cache.folder / "left-by-a-kill.tmp").write_bytes(bytes(4096))
     holding = cache.open(held.stem, (4, 3, 6, 6))
-    list(stream)
+    os.utime(held, (0, 0))
+    list(ShardReader(manifest, store, "train", window_bytes=1, cache=cache).scan(4))
     assert len(blocks(cache)) == 3 and held in blocks(cache)
     assert not list(cache.folder.glob("*.tmp"))
     del holding
