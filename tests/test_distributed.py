@@ -167,10 +167,6 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(size: int, tmp_path
     assert kills.equal_after(2, size, size, tmp_path)[0] == 2
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-
-
 def test_ranks_that_start_again_do_not_meet_those_before_them() -> None:
     """torchrun keeps its store: whoever comes first finds the answers of ranks that have died."""
     store = dist.HashStore()
@@ -186,3 +182,7 @@ def test_ranks_that_start_again_do_not_meet_those_before_them() -> None:
         for start, late in enumerate((0, 2, 0, 1)):
             found = pool.map(meet, range(3), [start] * 3, [late] * 3, timeout=30)
             assert set(found) == {f"{start}/0 {start}/1 {start}/2"}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
