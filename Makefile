@@ -21,7 +21,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo services stop test check lock clean
+.PHONY: help setup demo services stop test campaign check lock clean
 
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -90,7 +90,10 @@ stop: ## cancel the active runs, which writes checkpoints, and end the services
 	@$(VENV)/bin/python -m pipeline.services stop
 
 test: setup ## the tests (TEST_ARGS="-k shards" for some of them)
-	@pytest $(TEST_ARGS)
+	@pytest -n 2 --dist loadgroup --ignore tests/campaign $(TEST_ARGS)
+
+campaign: setup ## many kills, hostile inputs, lost machines, browser, Postgres (CAMPAIGN=10: ten times)
+	@pytest -n 2 --dist loadgroup tests/campaign $(TEST_ARGS)
 
 check: setup ## format, lint, types, direction of imports
 	@ruff format --check .

@@ -7,6 +7,8 @@ import os
 # Before torch is imported: threads that share two cores with servers spin, for minutes in all.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
+import functools
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 import pytest
 import yaml
 from s3_server import S3Server, s3_server
+from warm import Warm
 
 from pipeline import storage, tracking
 
@@ -45,12 +48,28 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return _no_skip_on_ci((yield))
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what their module makes stay together in one process; the longest first."""
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        if any(fixture[-1].scope == "module" for fixture in fixtures):
+            item.add_marker(pytest.mark.xdist_group(Path(item.fspath).stem))
+    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Decoded shards of all tests, which are named by their content, in no checkout."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("VDVAE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@functools.cache
+def warm() -> Warm:
+    """This process's interpreter to fork commands from; it ends with this process."""
+    return Warm()
 
 
 class Project:
@@ -103,15 +122,30 @@ class Project:
 
     def run(self, *command: str, code: int = 0, **environment: str) -> str:
         """Runs a command to its end and holds its exit code; returns what it printed."""
-        child = self.start(*command, **environment)
-        output, _ = child.communicate(timeout=240)
-        assert child.returncode == code, f"{command} ended with {child.returncode}:\n{output}"
+        python, *words = command
+        if python == sys.executable and words[1].startswith(("pipeline.", "from pipeline.")):
+            returncode, output = warm().run(words, self.folder, self.environment | environment, 240)
+        else:
+            child = self.start(*command, **environment)
+            output, _ = child.communicate(timeout=240)
+            returncode = child.returncode
+        assert returncode == code, f"{command} ended with {returncode}:\n{output}"
         return output
 
     def stage(self, stage: str, recipe: str, code: int = 0, **environment: str) -> str:
         """Runs one stage without DVC."""
         words = (sys.executable, "-m", f"pipeline.stages.{stage}", recipe)
         return self.run(*words, code=code, **environment)
+
+    def processes(self) -> dict[int, str]:
+        """Processes that work below this folder, whatever started them, with their commands."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                if Path(os.readlink(entry / "cwd")).is_relative_to(self.folder.resolve()):
+                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+                    found[int(entry.name)] = os.fsdecode(command)
+        return found
 
     def repro(self, *words: str, code: int = 0) -> str:
         """Runs `dvc repro`."""

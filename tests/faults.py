@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from services_project import Services
+from services_project import ENDED, Services
 
 from pipeline.process import environment_of
 
@@ -31,7 +31,6 @@ KINDS = {
     "worker": "prefect\0worker",
     "server": "prefect\0server\0start",
 }
-ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 STEPS = 500
 
 
@@ -59,54 +58,53 @@ def trained(services: Services, run: str) -> int:
     return int(steps[-1]) if steps else 0
 
 
-def hurt(services: Services, run: str, kind: str, after: float, patience: float = 240) -> None:
+def hurt(services: Services, run: str, kind: str, after: float) -> None:
     """Kills a process of one kind some seconds after the run was seen to train.
 
     Where the moment finds none (DVC between two stages), the next one is taken.
     """
-    deadline = time.monotonic() + patience
     before = trained(services, run)
     while trained(services, run) < max(before + 1, 10):  # beyond its first checkpoint
-        assert time.monotonic() < deadline, services.logs(run)
+        assert state_of(services, run) not in ENDED, services.logs(run)
         time.sleep(0.2)
     time.sleep(after)
-    while time.monotonic() < deadline:
+    while True:
         for pid, (command, of) in processes(services).items():
             if KINDS[kind] in command and of in ("", run):
                 os.kill(pid, signal.SIGKILL)
                 return
+        assert state_of(services, run) not in ENDED, f"no {kind} to kill\n{services.logs(run)}"
         time.sleep(0.05)
-    raise AssertionError(f"no {kind} to kill\n{services.logs(run)}")
 
 
-def heal(services: Services, run: str, seconds: float = 600) -> int:
+def heal(services: Services, run: str) -> int:
     """Waits for the run's end and presses Retry where it crashed; how often it had to."""
     retries = 0
-    deadline = time.monotonic() + seconds
-    while True:
-        assert time.monotonic() < deadline, services.logs(run)
+    while (state := state_of(services, run)) != "COMPLETED":
+        if state in ENDED:
+            retries += 1
+            press_retry(services, run)
         time.sleep(0.5)
-        with contextlib.suppress(OSError):  # the server itself may be starting again
-            state = services.api(f"/flow_runs/{run}")[1]["state"]["type"]
-            if state == "COMPLETED":
-                return retries
-            if state in ENDED:
-                retries += 1
-                press_retry(services, run)
+    return retries
 
 
-def retry(services: Services, run: str, seconds: float = 240) -> None:
-    """Waits until the run is known to have crashed, and presses Retry."""
-    services.wait(run, ENDED, seconds)
-    press_retry(services, run)
+def resumed(services: Services, run: str, times: int) -> None:
+    """Waits until training has gone on so often, and presses Retry where the run crashed."""
+    while services.logs(run).count("resuming at step") < times:
+        if state_of(services, run) in ENDED:
+            press_retry(services, run)
+        time.sleep(0.5)
+
+
+def state_of(services: Services, run: str) -> str:
+    """Empty where the server itself is starting again."""
+    with contextlib.suppress(OSError):
+        return str(services.api(f"/flow_runs/{run}")[1]["state"]["type"])
+    return ""
 
 
 def press_retry(services: Services, run: str) -> None:
-    """What the button on the run's page does, at a person's pace.
-
-    Prefect reports a crash twice, seconds apart; the second would undo a faster Retry.
-    """
-    time.sleep(8)
+    """What the button on the run's page does."""
     again = {"type": "SCHEDULED", "name": "AwaitingRetry"}
     status, answer = services.api(f"/flow_runs/{run}/set_state", {"state": again, "force": True})
     assert status in (200, 201), answer

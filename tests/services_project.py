@@ -19,6 +19,8 @@ from pipeline.process import environment_of
 from pipeline.services.definitions import free_ports
 from pipeline.services.folder import MARK
 
+ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+
 
 class Services(Project):
     """A project whose services listen on ports of their own."""
@@ -71,15 +73,23 @@ class Services(Project):
         path = f"/deployments/{self.deployment(deployment)}/create_flow_run"
         return self.api(path, {"parameters": parameters})
 
-    def wait(self, run: str, wanted: set[str], seconds: float) -> str:
-        deadline = time.monotonic() + seconds
-        state = ""
-        while time.monotonic() < deadline:
+    def wait(self, run: str, wanted: set[str]) -> str:
+        """Waits until a run is in one of these states; which one. One that has ended stays so."""
+        while True:
             state = self.api(f"/flow_runs/{run}")[1]["state"]["type"]
             if state in wanted:
-                return state
+                return str(state)
+            if state in ENDED:
+                pytest.fail(f"the run is {state}, not {wanted}\n{self.logs(run)}")
             time.sleep(0.5)
-        pytest.fail(f"the run is {state} after {seconds} s, not {wanted}\n{self.logs(run)}")
+
+    def wait_for_log(self, run: str, words: str) -> None:
+        """Waits until a run that has not ended has said these words."""
+        while words not in self.logs(run):
+            state = self.api(f"/flow_runs/{run}")[1]["state"]["type"]
+            if state in ENDED and words not in self.logs(run):
+                pytest.fail(f"the run is {state} and has not said {words!r}\n{self.logs(run)}")
+            time.sleep(0.5)
 
     def logs(self, run: str) -> str:
         """All that a run has said so far, a line a message."""

@@ -161,19 +161,13 @@ def test_noise_is_of_the_image_and_not_of_the_rank() -> None:
     assert len({tuple(row) for row in whole.tolist()}) == 8
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_killed_at_random_moments_it_ends_with_the_same_bits(size: int, tmp_path: Path) -> None:
-    """`python tests/kills.py 20 --ranks 2` does it twenty times."""
-    assert kills.equal_after(2, size, size, tmp_path)[0] == 2
-
-
 def test_ranks_that_start_again_do_not_meet_those_before_them() -> None:
     """torchrun keeps its store: whoever comes first finds the answers of ranks that have died."""
     store = dist.HashStore()
 
     def meet(rank: int, start: int, late: int) -> str:
         if rank == late:
-            time.sleep(0.5)  # the others look at what is there
+            time.sleep(0.1)  # the others look at what is there
         part = _fresh(store, rank, 3)
         part.set(f"address/{rank}", f"{start}/{rank}")
         return " ".join(part.get(f"address/{other}").decode() for other in range(3))

@@ -77,8 +77,13 @@ def test_channels_last_is_the_same_step() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
 def test_compiled_blocks_are_the_same_step() -> None:
-    plain, figures = stepped()
-    twin, same = stepped(compile=True)
+    """Of a model of two blocks; tests/campaign/test_compile.py has every kind of block."""
+    compiled_blocks_are_the_same_step(MODEL)
+
+
+def compiled_blocks_are_the_same_step(model: ModelConfig) -> None:
+    plain, figures = stepped(model)
+    twin, same = stepped(model, compile=True)
     assert any(block._compiled_call_impl for block in twin.model.decoder.blocks)
     assert same == pytest.approx(figures, rel=1e-4, abs=1e-7)
     torch.testing.assert_close(gradients(twin), gradients(plain), rtol=1e-3, atol=1e-5)

@@ -108,9 +108,16 @@ def test_a_window_of_many_shards_is_made_at_once(made):
     many = dataclasses.replace(train, shards=train.shards[:1] * 20_000, images=80_000)
     splits = {**manifest.splits, "train": many}
     reader = ShardReader(dataclasses.replace(manifest, splits=splits), store, "train")
-    began = time.monotonic()
+    looks = itertools.count()
+
+    class Looked(tuple):
+        def __getitem__(self, number):
+            next(looks)
+            return super().__getitem__(number)
+
+    reader._shards = Looked(reader._shards)
     assert len(list(reader._windows(range(20_000)))) == 1
-    assert time.monotonic() - began < 2
+    assert next(looks) == 20_000  # each once: not the whole window again for each
 
 
 def test_room_is_made_by_age_but_never_of_what_is_in_use(made, tmp_path):
@@ -215,12 +222,9 @@ def test_workers_raise_what_went_wrong_and_end_with_the_pass(made, tmp_path):
     stream = reader.batches(4, seed=0)
     next(stream)
     assert len(decoders()) == 2
-    began = time.monotonic()
     stream.close()
-    assert not decoders() and time.monotonic() - began < 2
-    deadline = time.monotonic() + 5  # a thread learns of its process's end a moment later
-    while threading.active_count() > threads:
-        assert time.monotonic() < deadline
+    assert not decoders()
+    while threading.active_count() > threads:  # one learns of its process's end a moment later
         time.sleep(0.01)
 
     reader = ShardReader(manifest, store, "train", cache=cache_in(tmp_path / "third"), workers=1)

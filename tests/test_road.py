@@ -7,15 +7,14 @@ import hashlib
 import io
 import json
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +122,7 @@ def test_two_commands_to_a_registered_model(project: Project, tmp_path: Path) ->
     )
 
     # The second time nothing runs.
-    before = time.monotonic()
     output = project.repro()
-    assert time.monotonic() - before < 20
     assert output.count("didn't change, skipping") == 5
     assert "Running stage" not in output
 
@@ -237,27 +234,38 @@ def test_figures_do_not_depend_on_ranks_and_batches(project: Project) -> None:
     assert "tf32 needs a CUDA device" in project.run(*words, "--precision", "tf32", code=2)
 
 
-@pytest.mark.timeout(900)
-def test_killed_at_any_moment_the_same_command_gives_the_same_result(tmp_path: Path) -> None:
-    """kill -9 of everything at random moments, then `dvc repro` again: all is equal."""
-    projects = []
-    for name in ("undisturbed", "killed"):
-        made = Project(tmp_path / name)
-        made.set(lambda params: narrow(params, steps=120))
-        projects.append(made)
-    undisturbed, killed = projects
-    began = time.monotonic()
-    undisturbed.repro()
-    whole = time.monotonic() - began
+def test_killed_in_every_stage_the_same_command_gives_the_same_result(tmp_path: Path) -> None:
+    """kill -9 of everything in each stage, then `dvc repro` again: all is equal.
 
-    chance = random.Random(0)
-    for moment in [chance.uniform(0.1, 0.9) * whole for _ in range(4)]:
-        child = killed.start(sys.executable, "-m", "dvc", "repro")
-        try:
-            child.communicate(timeout=moment)
-        except subprocess.TimeoutExpired:
+    tests/campaign/test_road_kills.py kills at random moments.
+    """
+    moments = ("'shard@", "step 25/", "'evaluate@", "'sample@", "'register@")
+    hold_a_killed_road(tmp_path, [partial(kill_at, moment) for moment in moments])
+
+
+def kill_at(word: str, child: subprocess.Popen[str]) -> None:
+    """Kills a process group when it has printed a word."""
+    assert child.stdout is not None
+    for line in child.stdout:
+        if word in line:
             os.killpg(child.pid, signal.SIGKILL)
             child.communicate()
+            return
+    pytest.fail(f"it ended before it printed {word}")
+
+
+def hold_a_killed_road(
+    folder: Path, killers: Sequence[Callable[[subprocess.Popen[str]], None]]
+) -> None:
+    """Two equal roads, of which one is killed time and again, and all that must then be equal."""
+    projects = []
+    for name in ("undisturbed", "killed"):
+        projects.append(Project(folder / name))
+        projects[-1].set(narrow)
+    undisturbed, killed = projects
+    undisturbed.repro()
+    for kill in killers:
+        kill(killed.start(sys.executable, "-m", "dvc", "repro"))
     killed.repro()
     assert weights_sha256(killed) == weights_sha256(undisturbed)
     assert read(killed, "metrics.json") == read(undisturbed, "metrics.json")
@@ -302,8 +310,7 @@ def test_sigterm_to_the_flow_reaches_training_which_writes_a_checkpoint(project:
     assert child.wait(timeout=60) == 143, "".join(lines) + rest
     assert "stopped after a checkpoint" in rest
     assert "Traceback" not in rest
-    left = subprocess.run(["pgrep", "-f", str(project.folder)], capture_output=True, text=True)
-    assert left.stdout == ""
+    assert project.processes() == {}
     with pytest.raises(ProcessLookupError):
         os.killpg(child.pid, 0)
     assert list(project.folder.glob("runs/*/checkpoints/*.json"))
@@ -325,9 +332,7 @@ def test_what_is_missing_is_named_in_one_line(
     project: Project, spoil: Any, stage: str, words: str
 ) -> None:
     project.set(spoil)
-    began = time.monotonic()
     output = project.stage(stage, "cifar10", code=2)
-    assert time.monotonic() - began < 10
     assert words in output
     assert output.count("\n") == 1
     assert not (project.folder / "results/cifar10").exists()
@@ -365,8 +370,7 @@ def test_a_full_disk_is_named_and_nothing_is_half_written(
     output = project.stage("train", "digits", code=2, VDVAE_RUNS=str(small_disk / "runs"))
     assert "are free, but 3 checkpoints need" in output.splitlines()[-1]  # before it begins
     assert "Traceback" not in output
-    assert not list(small_disk.rglob("*.safetensors")) or list(small_disk.rglob("step-*.json"))
-    assert not list(small_disk.rglob("*.tmp"))
+    assert not [path for path in small_disk.rglob("*") if path.suffix in (".safetensors", ".tmp")]
     assert not (project.folder / "results/digits/model").exists()
     fill.unlink()
     project.stage("train", "digits", VDVAE_RUNS=str(small_disk / "runs"))

@@ -708,6 +708,8 @@ class LoggedS3(S3Store):
 
 
 def test_an_s3_server_that_is_killed_in_between_costs_nothing(tmp_path, monkeypatch):
+    # It stays away for longer than all tries together, which need not last half a minute here.
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
     source = Made(config(), LONG)
     monkeypatch.setenv("VDVAE_SHARD_WORKERS", "1")
     whole = write_with(tmp_path / "whole", "1", monkeypatch)

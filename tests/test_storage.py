@@ -312,50 +312,69 @@ def test_shards_are_written_and_read_through_faults(s3_url, faults, tmp_path):
     assert read.equal(x_BCHW)
 
 
-def test_a_server_that_starts_again_while_shards_are_written(tmp_path, monkeypatch):
-    ports = free_ports(len(PORTS))
-    data = digits(shard_images=10)
+class Outage:
+    """A server that is killed at a moment of the test's choice, and started again once a request
+    has failed and waits for its next try."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.ports = folder, free_ports(len(PORTS))
+        self._failed, self._up = threading.Event(), threading.Event()
+        self._up.set()
+        monkeypatch.setattr(
+            "botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: self._wait()
+        )
+        self._running = contextlib.ExitStack()
+        use(monkeypatch, self._running.enter_context(s3_server(folder, self.ports)).environment())
+
+    def _wait(self) -> float:
+        self._failed.set()
+        assert self._up.wait(60)
+        return 0
+
+    def kill(self) -> None:
+        self._up.clear()
+        self._running.close()  # SIGKILL
+
+    def start_again(self) -> None:
+        assert self._failed.wait(60)
+        self._running.enter_context(s3_server(self.folder, self.ports))
+        self._up.set()
+
+    def end(self) -> None:
+        self._running.close()
+        storage._s3_client.cache_clear()
+
+
+@pytest.fixture
+def outage(tmp_path, monkeypatch):
+    (tmp_path / "s3").mkdir()
+    made = Outage(tmp_path / "s3", monkeypatch)
+    yield made
+    made.end()
+
+
+def test_a_server_that_is_killed_and_starts_again_costs_time_alone(tmp_path, outage):
+    data = digits(shard_images=100)
     source, plain = open_source("digits", data), open_store(f"file://{tmp_path}/store")
     expected = write_shards("digits", data, source, plain, tmp_path / "digits.json")
     store, killed = open_store("s3://bucket/again"), threading.Event()
-    # Left to chance, all waits together may be shorter than a start of the server.
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 3)
-    (tmp_path / "s3").mkdir()
-    with contextlib.ExitStack() as running:
-        server = running.enter_context(s3_server(tmp_path / "s3", ports))
-        use(monkeypatch, server.environment())
 
-        def kill(images: int) -> None:
-            if images > 200 and not killed.is_set():
-                running.close()
-                killed.set()
+    def kill(images: int) -> None:
+        if images > 200 and not killed.is_set():
+            outage.kill()
+            killed.set()
 
-        with ThreadPoolExecutor(1) as threads:
-            writing = threads.submit(
-                write_shards, "digits", data, source, store, tmp_path / "digits.json", kill
-            )
-            assert killed.wait(60)
-            time.sleep(0.2)
-            assert not writing.done()  # it tries again
-            with s3_server(tmp_path / "s3", ports):
-                assert writing.result(timeout=100) == expected
-                keys = [shard.key for split in expected.splits.values() for shard in split.shards]
-                assert all(store.get(key) == plain.get(key) for key in keys)
-    storage._s3_client.cache_clear()
+    with ThreadPoolExecutor(1) as threads:
+        writing = threads.submit(
+            write_shards, "digits", data, source, store, tmp_path / "digits.json", kill
+        )
+        assert killed.wait(60)
+        outage.start_again()
+        assert writing.result() == expected
 
-
-def test_a_server_that_is_killed_and_starts_again_costs_time_alone(tmp_path, monkeypatch):
-    ports = free_ports(len(PORTS))
-    data = os.urandom(2**20)
-    with s3_server(tmp_path, ports) as server:
-        use(monkeypatch, server.environment())
-        store = open_store("s3://bucket/restart")
-        for number in range(8):
-            store.put(f"{KEY}.{number}", data)
-        threads = ThreadPoolExecutor(1)
-        reads = threads.submit(lambda: [store.get(f"{KEY}.{n % 8}") == data for n in range(400)])
-        time.sleep(0.3)
-    assert not reads.done()  # the server was killed in the middle
-    with s3_server(tmp_path, ports):
-        assert all(reads.result(timeout=60))
-        storage._s3_client.cache_clear()
+        keys = [shard.key for split in expected.splits.values() for shard in split.shards]
+        reading = threads.submit(lambda: all(store.get(key) == plain.get(key) for key in keys * 9))
+        outage._failed.clear()
+        outage.kill()
+        outage.start_again()
+        assert reading.result()

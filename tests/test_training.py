@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import math
 import shutil
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from vdvae import checkpoint
+from vdvae import checkpoint, training
 from vdvae.checkpoint import load, read_newest_state, save
 from vdvae.config import ModelConfig, TrainConfig, UserError
 from vdvae.evaluate import content_key, evaluate, image_noise, in_batches, score
@@ -115,15 +117,22 @@ def killed_and_resumed(
     assert without_time(history) == without_time(resumed)
 
 
-def test_looking_on_changes_nothing_and_is_not_in_the_time_of_a_step(tmp_path: Path) -> None:
+def test_looking_on_changes_nothing_and_is_not_in_the_time_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count()
+    slept = 0.0
+    clock = SimpleNamespace(monotonic=lambda: slept + next(ticks) / 1000, time=time.time)
+    monkeypatch.setattr(training, "time", clock)
     expected, history = undisturbed(tmp_path / "a", settings())
     seen: list[Progress] = []
     steps: list[int] = []
 
     def slow_look(step: int, model: VDVAE) -> None:
+        nonlocal slept
         steps.append(step)
         look(step, model)
-        time.sleep(1)
+        slept += 1
 
     config = settings()
     model = train(
