@@ -20,11 +20,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from pipeline import machine
 from pipeline.exits import CANCELLED
 from pipeline.journal import BufferedRun
+from pipeline.lineage import lock_entries
 from pipeline.params import Places, Recipe, load_recipe
 from pipeline.pictures import draw_progress, picture_interval, save_grid, shown
 from pipeline.process import StopRequest, alone
@@ -239,7 +238,7 @@ def _recorded_by_dvc(recipe: Recipe, folder: Path) -> bool:
     if not curves.exists() or not lock.exists():
         return False
     name = recipe.name
-    stage = (yaml.safe_load(lock.read_text()) or {}).get("stages", {}).get(f"train@{name}", {})
+    stage = lock_entries(name).get(f"train@{name}", {})
     recorded = stage.get("params", {}).get("params.yaml", {}).get(f"recipes.{name}.train", {})
     if recipe.train.steps > recorded.get("steps", 0):
         return False
