@@ -149,7 +149,6 @@ def _lead(part: _Part, device: str) -> None:
     """Trains, tells the world of it, and writes what the stage makes."""
     from pipeline import tracking
     from vdvae.checkpoint import save
-    from vdvae.evaluate import seed_of
 
     recipe, places, folder = part.recipe, part.places, part.folder
     fresh = not (folder / "checkpoints").exists()
@@ -175,8 +174,7 @@ def _lead(part: _Part, device: str) -> None:
                 run.files / "pictures" / "training",
                 step,
                 columns=min(recipe.sample.n, _SAMPLES),
-                seed=seed_of("pictures", recipe.train.seed),
-                batch_size=recipe.evaluate.batch_size,
+                seed=recipe.train.seed,
             )
 
     def on_progress(progress: Progress) -> bool:
