@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import json
 import os
 import time
 import urllib.error
@@ -15,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 from pipeline.process import alone, try_lock
 from pipeline.sources import cifar10, ffhq, imagenet
 from vdvae.config import UserError
-from vdvae.files import atomic_write_json, sha256_of
+from vdvae.files import atomic_write_json, read_json, sha256_of, target_of
 
 SUMS = Path("data/fetched.json")  # sha256 by file name, of the first fetch; for git to keep
 _CHUNK = 1 << 20
@@ -85,6 +84,7 @@ def download(url: str, target: Path, remedy: str) -> None:
     Raises:
         UserError: it does not come, comes short, or another process is fetching it.
     """
+    target = target_of(target)
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def hold(file: Path, sums: Path) -> str:
     """
     found = sha256_of(file)
     with alone(sums.with_suffix(".lock"), doing=f"writing {sums}"):
-        known: dict[str, str] = json.loads(sums.read_text()) if sums.exists() else {}
+        known = _held(sums)
         wanted = known.setdefault(file.name, found)
         if wanted != found:
             raise UserError(
@@ -176,3 +176,14 @@ def hold(file: Path, sums: Path) -> str:
             )
         atomic_write_json(sums, known)
     return found
+
+
+def _held(sums: Path) -> dict[str, str]:
+    remedy = f"restore it with 'git checkout {sums}', or remove it to write the sums anew"
+    try:
+        known = read_json(sums, remedy)
+    except FileNotFoundError:
+        return {}
+    if not isinstance(known, dict) or not all(isinstance(sha256, str) for sha256 in known.values()):
+        raise UserError(f"{sums}: is not a sha256 by file name; {remedy}")
+    return known

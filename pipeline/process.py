@@ -18,6 +18,7 @@ from types import FrameType
 from typing import IO
 
 from vdvae.config import UserError
+from vdvae.files import open_lock
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -83,7 +84,7 @@ def alone(lock: Path, patience_seconds: float = 30, doing: str = "training this"
         raise UserError(
             f"{lock.parent}: cannot be made ({error.strerror}); set VDVAE_RUNS to another folder"
         ) from None
-    with lock.open("a+") as file:
+    with open_lock(lock) as file:
         deadline = time.monotonic() + patience_seconds
         told = patience_seconds < float("inf")
         while True:
@@ -161,7 +162,7 @@ def _carries(mark: str, environment: dict[str, str]) -> bool:
 
 def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> IO[str] | None:
     """The file, locked until it is closed or this process ends; None where another holds it."""
-    file = path.open("a+")
+    file = open_lock(path)
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
         # Its last holder may have removed it between our two calls.

@@ -34,8 +34,8 @@ from pipeline.journal import left_journals
 from pipeline.lineage import lock_entries
 from pipeline.params import Places
 from pipeline.process import try_lock
-from vdvae.config import UserError
-from vdvae.files import atomic_write_json, sha256_of
+from vdvae.config import UserError, shown
+from vdvae.files import atomic_write_json, open_lock, sha256_of, target_of
 
 # Read by mlflow when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -62,9 +62,21 @@ def without_credentials(url: str) -> str:
 
 
 def sqlite_path(tracking_uri: str) -> Path | None:
-    """The database file of a sqlite tracking URI, absolute; None for any other URI."""
+    """The database file of a sqlite tracking URI, absolute, links followed; None for any other URI.
+
+    Raises:
+        UserError: it names no file: the database would end with the process.
+    """
+    if not tracking_uri.startswith("sqlite"):
+        return None
     scheme, _, path = tracking_uri.partition(":///")
-    return Path(path.partition("?")[0]).resolve() if scheme == "sqlite" else None
+    path = path.partition("?")[0]
+    if scheme != "sqlite" or path in ("", ":memory:"):
+        raise UserError(
+            f"MLFLOW_TRACKING_URI: {shown(tracking_uri)} names no file, so that what is told to it "
+            f"would be lost; write sqlite:///PATH, or unset it"
+        )
+    return Path(os.path.realpath(path))
 
 
 @contextmanager
@@ -125,6 +137,7 @@ def _client(tracking_uri: str) -> MlflowClient:
 def _prepare(database: Path) -> None:
     """Creates the database, or checks that it can be written."""
     try:
+        database = target_of(database)
         with locked(database.with_name(f"{database.name}.lock")):
             if database.exists() and database.stat().st_size:
                 # SQLAlchemy would retry for over a minute what sqlite says at once.
@@ -139,6 +152,8 @@ def _prepare(database: Path) -> None:
                 _client(f"sqlite:///{beside / database.name}")
                 (beside / database.name).replace(database)
                 beside.rmdir()
+    except UserError:
+        raise
     except Exception as error:  # of the system, sqlite or SQLAlchemy
         raise UserError(
             f"{database}: MLflow's database cannot be written ({innermost(error)}); "
@@ -150,7 +165,7 @@ def _prepare(database: Path) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Holds a lock among processes while the block runs; the system frees that of a dead one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with open_lock(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

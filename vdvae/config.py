@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -18,6 +19,26 @@ from typing import Any, Literal, NamedTuple, Self
 
 class UserError(ValueError):
     """Something the user can mend: one sentence with what, where, the value and the remedy."""
+
+
+class _Shown(reprlib.Repr):
+    """repr() of what somebody else wrote: cut in every direction, and it never fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxlist = 3, 4, 6
+        self.maxstring = self.maxother = self.maxlong = 100
+
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > 300:  # Python refuses to write out the longest ones
+            return f"a number of some {round(x.bit_length() * math.log10(2)):,} digits"
+        return repr(x)
+
+
+def shown(value: object) -> str:
+    """A value from outside, as messages show it: its repr, in some 200 characters at most."""
+    text = _Shown().repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 class EncoderBlock(NamedTuple):

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and files from outside that are read with care."""
 
 from __future__ import annotations
 
@@ -6,22 +6,50 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO
+
+from vdvae.config import UserError, shown
+
+MOST_JSON_BYTES = 2**24  # of a file; a manifest of 10,000 shards has 3 MB
+
+
+def target_of(path: Path) -> Path:
+    """The file that writing to `path` replaces: where it is a link, what the link names.
+
+    Raises:
+        UserError: a folder, device, FIFO or socket is there, or the path cannot be followed.
+    """
+    try:
+        _check_regular(path, os.stat(path).st_mode, "name a file to write")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        raise _unusable(path, error, "name another place") from None
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; when the block ends well it is synced and takes its name."""
+    """A temporary path beside `path`; when the block ends well it is synced and takes its name.
+
+    Its permissions are those that the umask leaves. Where `path` is a link, what it names is
+    replaced.
+
+    Raises:
+        UserError: something that is no regular file is there; nothing has been made then.
+    """
+    path = target_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    # The longest name that `path` can have leaves no room beside it, so a part of it must do.
+    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}.tmp"
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
-        temporary.chmod(0o644)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -41,10 +69,129 @@ def atomic_write_json(path: Path, value: Any) -> None:
     atomic_write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def open_lock(path: Path) -> IO[str]:
+    """Opens a file to lock, which is made where it lacks; its folder must be there.
+
+    Raises:
+        UserError: a link, folder, device, FIFO or socket is there.
+        OSError: it cannot be made.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    remedy = "a lock is a file of its own: remove what is there, or choose another place"
+    with contextlib.suppress(FileNotFoundError):
+        # Before it is opened, which some devices take for a command.
+        _check_regular(path, os.lstat(path).st_mode, remedy)
+    return os.fdopen(os.open(path, flags, 0o666), "r+", encoding="utf-8")
+
+
+def open_regular(path: Path, remedy: str = "name a file") -> BinaryIO:
+    """Opens a regular file to read, and never waits for a FIFO or a device.
+
+    Raises:
+        FileNotFoundError: it does not exist; what that means is the caller's to say.
+        UserError: it is a folder, FIFO, device or socket, or cannot be opened.
+    """
+    try:
+        _check_regular(path, os.stat(path).st_mode, remedy)
+        # Should it have become a FIFO since then, opening it does not wait for a writer.
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _unusable(path, error, remedy) from None
+    return file
+
+
+def read_regular(path: Path, most_bytes: int, remedy: str = "name a file") -> bytes:
+    """The bytes of a regular file that has no more than `most_bytes`.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        UserError: it is no regular file, is larger, or cannot be read.
+    """
+    with open_regular(path, remedy) as file:
+        try:
+            data = file.read(most_bytes + 1)
+        except OSError as error:
+            raise _unusable(path, error, remedy) from error
+    if len(data) > most_bytes:
+        raise UserError(f"{_name(path)}: has more than {most_bytes:,} bytes; {remedy}")
+    return data
+
+
+def parse_json(text: bytes | str, where: str, remedy: str, *, finite: bool = True) -> Any:
+    """The value of a JSON text from outside, whatever the text is.
+
+    Args:
+        where: the file, for messages.
+        remedy: what to do where it is none.
+        finite: refuse NaN and infinity.
+
+    Raises:
+        UserError: it is not JSON, is nested too deeply, holds a number that Python does not read,
+            or gives a key twice, of which readers would take different ones.
+    """
+    constant = _no_number if finite else float
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not readable as JSON ({str(error)[:300]}); {remedy}") from None
+
+
+def read_json(
+    path: Path, remedy: str, *, finite: bool = True, most_bytes: int = MOST_JSON_BYTES
+) -> Any:
+    """The value of a JSON file, as `parse_json` reads it.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        UserError: it is no regular file, is larger, or is not as it should be.
+    """
+    data = read_regular(path, most_bytes, remedy)
+    return parse_json(data, _name(path), remedy, finite=finite)
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_regular(path: Path, mode: int, remedy: str) -> None:
+    kinds = (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISLNK, "a link"),
+        (stat.S_ISSOCK, "a socket"),
+    )
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in kinds if test(mode)), "a device")
+        raise UserError(f"{_name(path)}: is {kind}; {remedy}")
+
+
+def _unusable(path: Path, error: OSError | ValueError, remedy: str) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return UserError(f"{_name(path)}: cannot be used ({reason}); {remedy}")
+
+
+def _name(path: Path) -> str:
+    """The path as messages show it; a very long one is cut."""
+    text = str(path)
+    return text if len(text) <= 300 else shown(text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {shown(twice)} is given twice")
+    return found
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is not a number")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from pipeline.params import Places, env_number
 from pipeline.shards.decode import Decoded
 from vdvae.config import UserError
+from vdvae.files import open_lock
 
 LIMIT_GIB = 50.0
 _RESERVE_BYTES = 2**30  # of the disk, for everything else
@@ -177,7 +178,7 @@ class BlockCache:
             try:
                 with self._folder_lock():
                     # Neither emptied nor appended to: what is reserved below is written over.
-                    handle = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
+                    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
                     file = os.fdopen(handle, "rb+")
                     mine = _lock_alone(temporary, file)
                     if mine and not self._make_room(size, temporary):
@@ -243,7 +244,7 @@ class BlockCache:
     @contextlib.contextmanager
     def _folder_lock(self) -> Iterator[None]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("a") as file:
+        with open_lock(self.folder / "lock") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
