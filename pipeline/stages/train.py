@@ -49,14 +49,6 @@ _MAY_CHANGE = (
     *("compile", "channels_last", "accumulation", "recompute_from"),  # these move the rounding
 )
 _SAMPLES, _LADDERS = 8, 4  # most columns and rows in pictures of training
-_CODE = (
-    "vdvae/model.py",
-    "vdvae/distributions.py",
-    "vdvae/training.py",
-    "vdvae/precision.py",
-    "pipeline/shards/reader.py",
-    "pipeline/shards/decode.py",
-)
 
 
 def train(name: str) -> None:
@@ -216,15 +208,25 @@ def _lead(part: _Part, device: str) -> None:
 
 
 def run_digest(recipe: Recipe, manifest: Manifest) -> str:
-    """What the weights depend on, in 12 hex digits: settings, data and the code that computes."""
+    """What the weights depend on, in 12 hex digits: settings, data and the code that computes.
+
+    The code is what dvc.yaml lists, so that what DVC takes for new is new here, too.
+    """
     train = {k: v for k, v in recipe.train.to_dict().items() if k not in _MAY_CHANGE}
     facts = {
         "model": recipe.model.to_dict(),
         "train": train,
+        "validation_seed": recipe.evaluate.seed,
         "manifest": manifest.digest,
-        "code": {path: sha256_of(Path(path)) for path in _CODE},
+        "code": {path: sha256_of(Path(path)) for path in code_of("train")},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def code_of(stage: str) -> list[str]:
+    """The source files and folders that a stage's results depend on, by dvc.yaml."""
+    listed = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["do"]
+    return [path for path in listed["deps"] if path.startswith(("vdvae/", "pipeline/"))]
 
 
 def _recorded_by_dvc(recipe: Recipe, folder: Path) -> bool:
