@@ -111,10 +111,12 @@ def read_regular(path: Path, most_bytes: int, remedy: str = "name a file") -> by
     """
     with open_regular(path, remedy) as file:
         try:
-            data = file.read(most_bytes + 1)
+            size = os.fstat(file.fileno()).st_size
+            # No larger buffer than the file needs; some files of the system's say that they have 0.
+            data = file.read(min(max(size, 2**16), most_bytes) + 1) if size <= most_bytes else None
         except OSError as error:
             raise _unusable(path, error, remedy) from error
-    if len(data) > most_bytes:
+    if data is None or len(data) > most_bytes:
         raise UserError(f"{_name(path)}: has more than {most_bytes:,} bytes; {remedy}")
     return data
 
