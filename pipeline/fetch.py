@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import math
 import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from pipeline.process import alone, try_lock
 from pipeline.sources import cifar10, ffhq, imagenet
+from pipeline.sources.raw import npy_header
+from pipeline.sources.tars import members
 from vdvae.config import UserError
-from vdvae.files import atomic_write_json, read_json, sha256_of, target_of
+from vdvae.files import atomic_write_json, open_regular, read_json, target_of
 
 SUMS = Path("data/fetched.json")  # sha256 by file name, of the first fetch; for git to keep
 _CHUNK = 1 << 20
+_MEMBER_BYTES = 2**24  # of a picture in a tar
 _PATIENCE_S = 60
 _INTERVAL_S = 5.0
 
@@ -28,18 +34,33 @@ class Raw(NamedTuple):
     url: str
     target: Path
     md5: str = ""  # where the publisher says it
+    check: Callable[[Path], object] | None = None  # reads it as what it should be; needs no md5
 
 
 def _imagenet(size: int) -> tuple[Raw, ...]:
     urls = [imagenet.URL.format(split=split, size=size) for split in ("train", "valid")]
-    return tuple(Raw(u, Path(f"data/raw/imagenet{size}") / u.rpartition("/")[2]) for u in urls)
+    folder = Path(f"data/raw/imagenet{size}")
+    return tuple(Raw(u, folder / u.rpartition("/")[2], check=_check_tar) for u in urls)
+
+
+def _check_tar(file: Path) -> None:
+    with file.open("rb") as opened:
+        if not sum(1 for _ in members(opened, _MEMBER_BYTES)):
+            raise ValueError("it is empty")
+
+
+def _check_array(file: Path) -> None:
+    with file.open("rb") as opened:
+        shape, dtype = npy_header(opened)
+        if opened.tell() + math.prod(shape) * dtype.itemsize != file.stat().st_size:
+            raise ValueError("its length is not what its header says")
 
 
 DATA = {
     "cifar10": (Raw(cifar10.URL, Path("data/raw/cifar-10-binary.tar.gz"), cifar10.MD5),),
     "imagenet32": _imagenet(32),
     "imagenet64": _imagenet(64),
-    "ffhq256": (Raw(ffhq.URL, Path("data/raw/ffhq-256.npy")),),
+    "ffhq256": (Raw(ffhq.URL, Path("data/raw/ffhq-256.npy"), check=_check_array),),
 }
 
 
@@ -70,9 +91,23 @@ def fetch_data(name: str, mirror: str | None = None) -> list[Path]:
                     f"{raw.target}: has md5 {md5} where the published file has {raw.md5}; remove "
                     f"it and run 'vdvae fetch {name}' again"
                 )
-        hold(raw.target, SUMS)
+        with held(raw.target, SUMS):
+            _read(raw, f"remove it and run 'vdvae fetch {name}' again")
         found.append(raw.target)
     return found
+
+
+def _read(raw: Raw, remedy: str) -> None:
+    if raw.check is not None:
+        try:
+            raw.check(raw.target)
+        except OSError:
+            raise  # the disk's
+        except Exception as error:  # of a page in its place, say: readers raise all sorts of things
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(
+                f"{raw.target}: cannot be read as what it should be ({reason}); {remedy}"
+            ) from None
 
 
 def download(url: str, target: Path, remedy: str) -> None:
@@ -156,26 +191,37 @@ def _receive(url: str, out: BinaryIO, known: Path) -> int | None:
     return whole
 
 
-def hold(file: Path, sums: Path) -> str:
-    """The sha256 of a file, which is written down at its first use and held to afterwards.
+@contextmanager
+def held(file: Path, sums: Path) -> Iterator[str]:
+    """The sha256 of a file, held to what was written down at its first use.
+
+    It is written down where the block, which reads the file as what it should be, ends well.
 
     Args:
+        file: a regular one.
         sums: sha256 by file name, as JSON.
 
     Raises:
-        UserError: it is not what it was.
+        UserError: it is not what it was, or no regular file.
     """
-    found = sha256_of(file)
+    with open_regular(file) as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    _check_sum(file, found, sums)
+    yield found
     with alone(sums.with_suffix(".lock"), doing=f"writing {sums}"):
-        known = _held(sums)
-        wanted = known.setdefault(file.name, found)
-        if wanted != found:
-            raise UserError(
-                f"{file}: sha256 is {found}, {sums} says {wanted}; remove the file and fetch it "
-                f"again, or remove its line where the new one is right"
-            )
-        atomic_write_json(sums, known)
-    return found
+        known = _check_sum(file, found, sums)
+        atomic_write_json(sums, {**known, file.name: found})
+
+
+def _check_sum(file: Path, found: str, sums: Path) -> dict[str, str]:
+    known = _held(sums)
+    wanted = known.get(file.name, found)
+    if wanted != found:
+        raise UserError(
+            f"{file}: sha256 is {found}, {sums} says {wanted}; remove the file and fetch it "
+            f"again, or remove its line where the new one is right"
+        )
+    return known
 
 
 def _held(sums: Path) -> dict[str, str]:

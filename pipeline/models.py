@@ -49,7 +49,7 @@ from vdvae.evaluate import Scores, evaluate
 from vdvae.files import atomic_path, open_regular, sha256_of, target_of
 from vdvae.model import VDVAE
 from vdvae.precision import exact_float32
-from vdvae.sampling import draw, generator_of, images_a_batch, reconstruction_ladder
+from vdvae.sampling import draw, images_a_batch, reconstruction_ladder
 from vdvae.sampling import interpolate as way_between
 
 _MOST_TOLD = 20  # bad images that are named one by one
@@ -305,11 +305,10 @@ def reconstruct(
         raise UserError(f"n: {n} is out of bounds; use 1 to {_MOST_RECONSTRUCTED} images")
     _, model = _load(reference)
     paths = _images(folder, model.config)[:n]
-    generator = generator_of(seed)
     ladder: list[list[np.ndarray]] = []
     originals = []
     for _, x_BCHW in _batches(paths, folder, model.config):
-        rungs = reconstruction_ladder(model, x_BCHW.to(model.decoder.gain.device), generator)
+        rungs = reconstruction_ladder(model, x_BCHW, seed)
         ladder.append([images_shown(rung_BCHW) for rung_BCHW in rungs.values()])
         originals.append(images_shown(x_BCHW))
     return [np.concatenate(parts) for parts in zip(*ladder, strict=True)], np.concatenate(originals)

@@ -73,18 +73,14 @@ def shown(x_BCHW: torch.Tensor) -> np.ndarray:
     return x_BCHW.cpu().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def draw_samples(
-    model: VDVAE, n: int, temperature: float, generator: torch.Generator, batch_size: int
-) -> np.ndarray:
-    """Draws n images, uint8 N H W C, as many at once as the batch size says."""
-    from vdvae.sampling import draw_in_batches
+def draw_samples(model: VDVAE, n: int, temperature: float, seed: int) -> np.ndarray:
+    """Draws n images, uint8 N H W C; see `vdvae.sampling.draw`."""
+    from vdvae.sampling import draw
 
-    return shown(draw_in_batches(model, n, temperature, generator, batch_size))
+    return shown(draw(model, n, temperature, seed))
 
 
-def draw_ladder(
-    model: VDVAE, x_BCHW: torch.Tensor, generator: torch.Generator
-) -> tuple[np.ndarray, int]:
+def draw_ladder(model: VDVAE, x_BCHW: torch.Tensor, seed: int) -> tuple[np.ndarray, int]:
     """A row an image: the latents up to each resolution, then the image itself (Fig. 4).
 
     Returns:
@@ -92,8 +88,7 @@ def draw_ladder(
     """
     from vdvae.sampling import reconstruction_ladder
 
-    originals = x_BCHW.to(model.decoder.gain.device)
-    ladder = reconstruction_ladder(model, originals, generator)
+    ladder = reconstruction_ladder(model, x_BCHW, seed)
     return _rungs([*map(shown, ladder.values()), shown(x_BCHW)])
 
 
@@ -105,7 +100,6 @@ def draw_progress(
     *,
     columns: int,
     seed: int,
-    batch_size: int,
 ) -> None:
     """Writes what a model in training has learnt: samples by temperature, and a ladder.
 
@@ -118,19 +112,11 @@ def draw_progress(
         step: of training.
         columns: samples at each temperature.
         seed: of the draws.
-        batch_size: most images at once.
     """
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    samples = [
-        draw_samples(model, columns, temperature, generator, batch_size)
-        for temperature in _TEMPERATURES
-    ]
+    samples = [draw_samples(model, columns, temperature, seed) for temperature in _TEMPERATURES]
     save_grid(folder / f"samples-{step:09d}.png", small(np.concatenate(samples)), columns)
-    parts = [draw_ladder(model, part, generator) for part in x_BCHW.split(batch_size)]
-    rows = np.concatenate([images for images, _ in parts])
-    save_grid(folder / f"reconstructions-{step:09d}.png", small(rows), parts[0][1])
+    rows, wide = draw_ladder(model, x_BCHW, seed)
+    save_grid(folder / f"reconstructions-{step:09d}.png", small(rows), wide)
 
 
 def picture_interval(steps: int, log_every: int) -> int:

@@ -6,6 +6,7 @@ builds tensors and runs nothing; what else it holds is refused.
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import warnings
@@ -16,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import registry
-from pipeline.fetch import download, hold
+from pipeline.fetch import download, held
 from pipeline.params import Places, Recipe, load_recipe
 from pipeline.shards import Manifest, ShardReader
 from pipeline.stages.evaluate import SPLITS, measure, tell
 from pipeline.storage import open_store
 from vdvae.config import Likelihood, UserError
-from vdvae.files import atomic_write_json, read_json
+from vdvae.files import atomic_write_json, read_json, read_regular
 
 FOLDER = Path("data/raw/published")
 SUMS = Path("data/published.json")  # sha256 by file name, of the first fetch; for git to keep
 RESULTS = Path("results/published")
+_MOST_BYTES = 2**31  # of a checkpoint; the largest published one has 0.5e9
 _ROOT = "https://openaipublic.blob.core.windows.net/very-deep-vaes-assets"
 _SEEDS = (900000, 1050000, 650000, 1050000)  # iterations of the four CIFAR-10 runs
 ADDRESSES = {
@@ -64,17 +66,19 @@ def import_published(
         url = url or _address(recipe_name, seed)
         file = FOLDER / url.rpartition("/")[2]
         download(url, file, "give --file or --url")
-    elif not file.is_file():
+    elif not file.exists():
         raise UserError(f"{file}: there is no such file; leave --file out to fetch it")
-    sha256 = hold(file, SUMS)
-    weights = read_checkpoint(file)
+    elif file.stat().st_size > _MOST_BYTES:  # before it is read for its hash
+        raise UserError(f"{file}: has more than {_MOST_BYTES:,} bytes; name a checkpoint")
 
     from vdvae.checkpoint import save
     from vdvae.published import load_published
 
     arithmetic: Likelihood = "published_5bit" if recipe.model.num_levels == 32 else "published"
     published = replace(recipe, model=replace(recipe.model, likelihood=arithmetic))
-    model = load_published(published.model, weights)
+    with held(file, SUMS) as sha256:
+        weights = read_checkpoint(file)
+        model = load_published(published.model, weights)
     there = replace(places, results_root=RESULTS)
     results = there.results(recipe_name)
     save(model, there.model(recipe_name))
@@ -123,14 +127,18 @@ def read_checkpoint(file: Path) -> Mapping[str, Any]:
     """The tensors of a checkpoint by their published names; nothing in it is run.
 
     Raises:
-        UserError: it is no state dict of tensors, is damaged, or holds code.
+        UserError: it is no regular file, is too large, is no state dict of tensors, is damaged, or
+            holds code.
     """
     import torch
 
+    remedy = "remove it and fetch it again"
+    data = read_regular(file, _MOST_BYTES, remedy)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol
-            weights = torch.load(file, map_location="cpu", weights_only=True)
+            _check_unpacked(data)
+            weights = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # PyTorch's own words advise to switch the protection off.
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -139,12 +147,27 @@ def read_checkpoint(file: Path) -> Mapping[str, Any]:
             f"{file}: holds more than tensors and was refused, nothing of it was run{asks}; use a "
             f"checkpoint of weights alone"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file}: is damaged ({reason}); remove it and fetch it again") from None
+    except Exception as error:  # a damaged pickle makes PyTorch stumble over anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{file}: is damaged ({reason}); {remedy}") from None
     tensors = isinstance(weights, Mapping) and all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
     )
     if not tensors or not weights:
         raise UserError(f"{file}: is no mapping of names to tensors; use a published state dict")
+    for name, value in weights.items():
+        plain = value.device.type == "cpu" and value.layout == torch.strided and not value.is_nested
+        if value.dtype != torch.float32 or not plain:
+            raise UserError(
+                f"{file}: {name[:100]} is {value.dtype}, {value.layout}, on {value.device}; only "
+                f"plain torch.float32 is read: convert it yourself, under a name that says so"
+            )
     return weights
+
+
+def _check_unpacked(data: bytes) -> None:
+    """Raises ValueError for an archive that would unpack into more than a checkpoint may have."""
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if sum(part.file_size for part in archive.infolist()) > _MOST_BYTES:
+                raise ValueError(f"it unpacks into more than {_MOST_BYTES:,} bytes")

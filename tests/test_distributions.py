@@ -118,6 +118,30 @@ def test_draws_have_the_probabilities_that_are_scored(channels: int, num_levels:
         assert abs(count / n - p) < 5 * math.sqrt(p * (1 - p) / n)
 
 
+def test_draws_reach_the_tails() -> None:
+    """The outer levels have a probability of 4e-6 each; float32 as in a model."""
+    log_scale = math.log((1 - 1 / 255) / math.log(1 / 4e-6 - 1))
+    params = torch.tensor([0.0, 0.0, log_scale])[None, :, None, None]
+    n, generator = 1 << 21, torch.Generator().manual_seed(2)
+    drawn = dmol_sample(params.expand(n, -1, -1, -1), 1, 256, "normalised", generator)
+    for level in (0, 255):
+        index = torch.tensor(level)[None, None, None, None]
+        p = dmol_log_prob(params.double(), index, 256).exp().item()
+        assert p == pytest.approx(4e-6, rel=1e-3)
+        assert abs((drawn == level).sum().item() / n - p) < 5 * math.sqrt(p / n)
+        assert (drawn == level).any()
+
+
+def test_no_uniform_number_gives_what_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = torch.tensor([0.0, -9.0, 0.1, -0.1, -2.0, -2.0])[None, :, None, None]
+    for u in (0.0, 2.0**-53, 1 - 2.0**-53):
+        monkeypatch.setattr(
+            torch, "rand", lambda shape, u=u, **how: torch.full(shape, u, dtype=how["dtype"])
+        )
+        drawn = dmol_sample(params, 1, 256)
+        assert drawn.item() == (0 if u < 0.5 else 255)
+
+
 def test_kl_is_zero_for_equals_and_matches_monte_carlo() -> None:
     generator = torch.Generator().manual_seed(3)
     mean_q, mean_p, log_q, log_p = torch.randn(4, 8, generator=generator, dtype=torch.float64)

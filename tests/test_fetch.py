@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from range_server import Server, range_server
 
 from pipeline import fetch
 from pipeline.cli import main
-from pipeline.fetch import DATA, fetch_data, hold
+from pipeline.fetch import DATA, fetch_data, held
 from pipeline.process import try_lock
 from vdvae.config import UserError
 
@@ -91,8 +93,13 @@ def test_hashes_written_at_once_are_all_kept(tmp_path: Path) -> None:
     files = [tmp_path / f"{number}.bin" for number in range(20)]
     for file in files:
         file.write_bytes(file.name.encode())
+
+    def hold(file: Path) -> None:
+        with held(file, tmp_path / "sums.json"):
+            pass
+
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda file: hold(file, tmp_path / "sums.json"), files))
+        list(threads.map(hold, files))
     assert set(json.loads((tmp_path / "sums.json").read_text())) == {file.name for file in files}
 
 
@@ -100,11 +107,32 @@ def test_a_file_without_a_published_hash_is_held_to_the_first(
     mirror: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (target,) = (raw.target for raw in DATA["ffhq256"])
+    # What is not what it should be is not held to: the address of a page, or a file cut short.
+    for content in (b"<html>moved</html>", npy(2)[:-1]):
+        Server.content = content
+        with pytest.raises(UserError, match=r"ffhq-256.npy: cannot be read as what it should be"):
+            fetch_data("ffhq256", mirror)
+        assert not Path("data/fetched.json").exists()
+        target.unlink()
+    Server.content = npy(2)
     fetch_data("ffhq256", mirror)
     target.unlink()
-    Server.content = WHOLE[:-1]
+    Server.content = npy(3)
     with pytest.raises(UserError, match=r"sha256 is .*, data/fetched.json says"):
         fetch_data("ffhq256", mirror)
+
+
+def test_a_tar_that_is_none_is_not_held_to(mirror: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DATA, "imagenet32", DATA["imagenet32"][:1])
+    with pytest.raises(UserError, match="cannot be read as what it should be"):
+        fetch_data("imagenet32", mirror)
+    assert not Path("data/fetched.json").exists()
+
+
+def npy(images: int) -> bytes:
+    content = io.BytesIO()
+    np.save(content, np.zeros((images, 2, 2, 3), np.uint8))
+    return content.getvalue()
 
 
 def test_what_does_not_come_is_told_with_what_helps(

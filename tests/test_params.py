@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from pipeline.params import load_recipe, read_params
-from pipeline.stages.train import run_digest
+from pipeline.stages.train import code_of, run_digest
 from vdvae.config import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +136,8 @@ def test_every_stage_ends_with_one_line_and_code_2(
 @pytest.mark.parametrize(
     ("change", "another"),
     [({"learning_rate": 1e-4}, True), ({"precision": "bf16"}, True), ({"seed": 1}, True),
-     ({"steps": 7}, False), ({"accumulation": 2}, False), ({"keep_checkpoints": 1}, False)],
+     ({"steps": 7}, False), ({"accumulation": 2}, False), ({"keep_checkpoints": 1}, False),
+     ({"evaluate.seed": 1}, True), ({"evaluate.passes": 2}, False)],
 )  # fmt: skip
 def test_what_determines_the_weights_begins_another_run(
     params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -144,6 +146,23 @@ def test_what_determines_the_weights_begins_another_run(
     monkeypatch.chdir(ROOT)
     manifest: Any = SimpleNamespace(digest="0" * 64)
     before = run_digest(load_recipe("digits", written(tmp_path, params)), manifest)
-    params["recipes"]["digits"]["train"] |= change
+    for key, value in change.items():
+        section, _, name = key.rpartition(".")
+        params["recipes"]["digits"][section or "train"][name] = value
     after = run_digest(load_recipe("digits", written(tmp_path, params)), manifest)
     assert (after != before) == another
+
+
+def test_code_that_dvc_lists_begins_another_run(
+    params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    manifest: Any = SimpleNamespace(digest="0" * 64)
+    recipe = load_recipe("digits", written(tmp_path, params))
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    for path in code_of("train"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("")
+    before = run_digest(recipe, manifest)
+    Path("vdvae/evaluate.py").write_text("# another seed_of")
+    assert run_digest(recipe, manifest) != before

@@ -42,7 +42,7 @@ def test_pictures_of_training_show_what_was_learnt_and_nothing_else(tmp_path: Pa
     x_BCHW = torch.randint(0, 256, (3, 3, 300, 300), dtype=torch.uint8)
     before = torch.get_rng_state()
     for step in (5, 6):
-        draw_progress(model, x_BCHW, tmp_path, step, columns=2, seed=1, batch_size=2)
+        draw_progress(model, x_BCHW, tmp_path, step, columns=2, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "reconstructions-000000005.png",

@@ -8,7 +8,7 @@ import torch
 import vdvae
 from vdvae import UserError
 from vdvae.evaluate import image_noise
-from vdvae.sampling import draw, interpolate, slerp
+from vdvae.sampling import draw, interpolate, reconstruction_ladder, slerp
 
 CONFIG = vdvae.ModelConfig(
     image_size=8, image_channels=1, num_levels=17, encoder="8x1,8d4,2x1", decoder="2x1,8m2",
@@ -58,3 +58,30 @@ def test_draws_are_repeated_by_their_seed(model: vdvae.VDVAE) -> None:
     ):
         with pytest.raises(UserError, match=f"^{word}: .* is out of bounds"):
             draw(model, n, temperature, seed)
+
+
+def test_an_image_is_drawn_from_its_seed_and_number_alone(model: vdvae.VDVAE) -> None:
+    """However many are drawn, and whatever is reconstructed beside it: bit for bit."""
+    many = draw(model, 35, 1.0, 7)
+    assert len(many.flatten(1).unique(dim=0)) == 35
+    for n in (1, 15, 16, 17):
+        assert torch.equal(draw(model, n, 1.0, 7), many[:n])
+
+    x_BCHW = torch.randint(0, 256, (3, 1, 8, 8), generator=torch.Generator().manual_seed(1)).byte()
+    ladder, other = (reconstruction_ladder(model, x, 7) for x in (x_BCHW, x_BCHW[[2, 0]]))
+    assert {*ladder} == {2, 8}
+    for resolution, images_BCHW in ladder.items():
+        assert torch.equal(other[resolution], images_BCHW[[2, 0]])
+
+
+def test_generators_of_their_own_draw_each_image(model: vdvae.VDVAE) -> None:
+    """In float64, where the batch's own rounding reaches no pixel."""
+    model.double()
+
+    def sample(*seeds: int) -> torch.Tensor:
+        return model.sample(len(seeds), 1.0, [torch.Generator().manual_seed(s) for s in seeds])
+
+    together = sample(3, 4, 5)
+    assert torch.equal(together, torch.cat([sample(3), sample(4), sample(5)]))
+    assert torch.equal(together[[2, 0]], sample(5, 3))
+    assert torch.equal(sample(4), model.sample(1, 1.0, torch.Generator().manual_seed(4)))

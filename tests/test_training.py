@@ -202,13 +202,18 @@ def test_checkpoints_that_cannot_be_read_now_are_not_given_up(
     undisturbed(tmp_path, settings())
     there = sorted(tmp_path.iterdir())
 
-    def fails(path: Path) -> str:
-        raise OSError(errno.EIO, "Input/output error", str(path))
+    read = checkpoint.read_regular
+    for suffix in (".json", ".safetensors"):
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="Input/output"):
-        patched.setattr(checkpoint, "sha256_of", fails)
-        undisturbed(tmp_path, settings(steps=99))
-    assert sorted(tmp_path.iterdir()) == there
+        def fails(path: Path, most_bytes: int, remedy: str, suffix: str = suffix) -> bytes:
+            if path.suffix == suffix:
+                raise UserError(f"{path}: cannot be used (Input/output error); {remedy}")
+            return read(path, most_bytes, remedy)
+
+        with monkeypatch.context() as patched, pytest.raises(UserError, match="Input/output"):
+            patched.setattr(checkpoint, "read_regular", fails)
+            undisturbed(tmp_path, settings(steps=99))
+        assert sorted(tmp_path.iterdir()) == there
     for path in tmp_path.glob("*.safetensors"):
         path.write_bytes(b"rot")
     with pytest.raises(UserError, match="no checkpoint in it is whole; restore one of them"):

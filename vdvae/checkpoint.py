@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-import struct
 import threading
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,15 +19,49 @@ import torch
 from torch import Tensor
 
 from vdvae.config import ModelConfig, UserError
-from vdvae.files import atomic_path, atomic_write, atomic_write_json, sha256_of
+from vdvae.files import (
+    atomic_path,
+    atomic_write,
+    atomic_write_json,
+    parse_json,
+    read_json,
+    read_regular,
+    sha256_of,
+)
 from vdvae.model import VDVAE
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+LARGEST = 1e6  # of a weight: no training comes near, and sums of its products stay finite
+MOST_BYTES = 2**36  # of a training state whose model is not known
+_MOST_INDEX_BYTES = 2**28  # the points of 1,000,000 intervals
+_HEADER_BYTES = 2**24  # of a safetensors file, at most: names and shapes
+_INDEX: dict[str, Any] = {  # what a training state's index holds
+    "config": dict,
+    "step": int,
+    "skipped": int,
+    "skipped_in_a_row": int,
+    "best_bits_per_dim": (int, float, type(None)),
+    "validations_since_best": int,
+    "findings_seen": dict,
+    "history": list,
+    "window": dict,
+}
+
+
+class _NotWhole(UserError):
+    """What was read is not what was written."""
 
 
 def save(model: VDVAE, folder: str | Path) -> None:
-    """Writes a model's weights and, last, its config; each file appears whole or not at all."""
+    """Writes a model's weights and, last, its config; each file appears whole or not at all.
+
+    Raises:
+        UserError: its weights are not float32, which alone is read again.
+    """
     folder = Path(folder)
+    dtype = model.decoder.gain.dtype
+    if dtype != torch.float32:
+        raise UserError(f"{folder}: weights of {dtype} are not written; call model.float() first")
     weights = {name: value.detach().cpu().contiguous() for name, value in model.named_parameters()}
     _write_tensors(weights, folder / WEIGHTS)
     atomic_write_json(folder / CONFIG, model.config.to_dict())
@@ -36,30 +71,77 @@ def load(folder: str | Path) -> VDVAE:
     """Reads a model that `save` wrote, on the CPU, in evaluation mode.
 
     Raises:
-        UserError: for a missing or unreadable file, or weights that do not fit the config.
+        UserError: a file is missing, unreadable, no regular one or too large, or the weights do not
+            fit the config, are not float32, not finite or beyond LARGEST.
     """
-    folder = Path(folder)
+    folder, remedy = Path(folder), "copy the model again"
+    path = folder / WEIGHTS
     try:
-        config = ModelConfig.from_dict(
-            json.loads((folder / CONFIG).read_text()), where=str(folder / CONFIG)
-        )
-    except (FileNotFoundError, NotADirectoryError):
+        values = read_json(folder / CONFIG, remedy)
+    except FileNotFoundError:
         raise UserError(f"{folder / CONFIG}: not found; is {folder} a model's folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{folder / CONFIG}: not readable as JSON; copy the model again") from None
-    weights = _read_tensors(folder / WEIGHTS, "copy the model again")
+    config = ModelConfig.from_dict(values, where=str(folder / CONFIG))
     with torch.device("meta"):
         model = VDVAE(config)
-    expected = {name: value.shape for name, value in model.named_parameters()}
-    found = {name: value.shape for name, value in weights.items()}
-    if expected != found:
-        names = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-        raise UserError(
-            f"{folder / WEIGHTS}: does not fit {CONFIG} beside it: {len(names)} parameters are "
-            f"missing, extra or misshapen, the first {names[0]}; copy the model again"
-        )
+    expected = dict(model.named_parameters())
+    try:
+        data = read_regular(path, 4 * _count(expected.values()) + _HEADER_BYTES, remedy)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; {remedy}") from None
+    weights = _tensors(data, path, remedy)
+    check_fit(weights, expected, f"{path}: does not fit {CONFIG} beside it", remedy)
+    check_values(weights, f"{path}", remedy)
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True).eval()
+
+
+def check_fit(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str, remedy: str
+) -> None:
+    """Checks that tensors have the names and shapes of others.
+
+    Raises:
+        UserError: beginning with `what`; it tells how many have not, and the first.
+    """
+    found, wanted = ({n: t.shape for n, t in named.items()} for named in (tensors, expected))
+    names = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
+    if names:
+        raise UserError(
+            f"{what}: {len(names)} parameters are missing, extra or misshapen, the first "
+            f"{names[0][:100]}; {remedy}"
+        )
+
+
+def check_values(
+    tensors: Mapping[str, Tensor],
+    where: str,
+    remedy: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    largest: float = LARGEST,
+) -> None:
+    """Checks that what weights are taken from is of one type and can be computed with.
+
+    Raises:
+        UserError: naming the first tensor of another type, or with a value that is not finite or
+            larger.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype or tensor.layout != torch.strided:
+            raise UserError(
+                f"{where}: {name[:100]} is {tensor.dtype}, {tensor.layout}, where {dtype} is read; "
+                f"{remedy}"
+            )
+        least, most = torch.aminmax(tensor.detach())
+        if not (-largest <= least and most <= largest):  # NaN is in no order
+            raise UserError(
+                f"{where}: {name[:100]} has a value that is not finite, or beyond "
+                f"±{largest:g}; {remedy}"
+            )
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 class StateWriter:
@@ -138,38 +220,74 @@ class StateWriter:
 
 def write_state(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes a training state; the JSON index, which names the tensors' hash, comes last."""
-    path = folder / f"step-{step:09d}.safetensors"
+    path = folder / f"{_stem(step)}.safetensors"
     _write_tensors({name: value.contiguous() for name, value in tensors.items()}, path)
     index = {**state, "sha256": sha256_of(path)}
     atomic_write(path.with_suffix(".json"), json.dumps(index))  # figures may be infinite
 
 
-def read_newest_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def read_newest_state(
+    folder: Path, most_bytes: int = MOST_BYTES
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The newest whole training state of a folder, or None where there is none.
 
     A state without its index does not exist; one whose bytes changed since is passed over for the
     one before it.
 
+    Args:
+        folder: of the states.
+        most_bytes: of the tensors; a larger file is not read.
+
     Raises:
-        OSError: a state cannot be read at this moment: to go on without it would remove it.
-        UserError: there are states, but none is whole.
+        UserError: a state cannot be read at this moment, or is no regular file or a larger one (to
+            go on without it would remove it); or there are states, but none is whole.
     """
     index = None
     for index in sorted(folder.glob("step-*.json"), reverse=True):
         path = index.with_suffix(".safetensors")
         try:
-            state = json.loads(index.read_text())
-            if state.pop("sha256") == sha256_of(path):
-                return _read_tensors(path, ""), state
-        except (FileNotFoundError, LookupError, TypeError, ValueError):
-            pass
-        print(f"{path}: passed over, its bytes are not those that were written", flush=True)
+            return _read_state(index, path, most_bytes)
+        except (FileNotFoundError, _NotWhole):
+            print(f"{path}: passed over, its bytes are not those that were written", flush=True)
     if index is not None:
         raise UserError(
             f"{folder}: no checkpoint in it is whole; restore one of them, or remove the folder to "
             f"begin anew"
         )
     return None
+
+
+def _read_state(
+    index: Path, path: Path, most_bytes: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    remedy = f"mend that, or move {index.parent} away to begin anew, then run the same command"
+    text = read_regular(index, _MOST_INDEX_BYTES, remedy)
+    try:
+        state = parse_json(text, str(index), remedy, finite=False)
+    except UserError as error:
+        raise _NotWhole(str(error)) from None
+    if not (isinstance(state, dict) and _is_index(state) and index.stem == _stem(state["step"])):
+        raise _NotWhole(f"{index}: is no index of a training state")
+    # Read, not mapped: where the disk fails, that is an error, not SIGBUS.
+    data = read_regular(path, most_bytes, remedy)
+    if hashlib.sha256(data).hexdigest() != state.pop("sha256", None):
+        raise _NotWhole(f"{path}: has another sha256")
+    return _tensors(data, path, remedy), state
+
+
+def _is_index(state: dict[str, Any]) -> bool:
+    def numbers(values: Any) -> bool:
+        return isinstance(values, dict) and all(type(v) in (int, float) for v in values.values())
+
+    return (
+        all(key in state and isinstance(state[key], kind) for key, kind in _INDEX.items())
+        and all(type(state[key]) is int and state[key] >= 0 for key in _INDEX if _INDEX[key] is int)
+        and all(map(numbers, (*state["history"], state["findings_seen"], state["window"])))
+    )
+
+
+def _stem(step: int) -> str:
+    return f"step-{step:09d}"
 
 
 def keep_newest_states(folder: Path, count: int, newest: int) -> None:
@@ -180,7 +298,7 @@ def keep_newest_states(folder: Path, count: int, newest: int) -> None:
             gone on from them.
     """
     indices = sorted(folder.glob("step-*.json"), reverse=True)
-    beyond = [index for index in indices if index.stem > f"step-{newest:09d}"]
+    beyond = [index for index in indices if index.stem > _stem(newest)]
     for index in [*beyond, *indices[len(beyond) + count :]]:
         index.unlink()
     for path in folder.glob("step-*.safetensors"):
@@ -203,10 +321,9 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
             raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def _read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
+def _tensors(data: bytes, path: Path, remedy: str) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; {remedy}") from None
-    except (safetensors.SafetensorError, struct.error, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); {remedy}") from None
+        return safetensors.torch.load(data)
+    except (safetensors.SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error)[:200]
+        raise UserError(f"{path}: not a whole safetensors file ({reason}); {remedy}") from None

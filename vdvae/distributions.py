@@ -8,6 +8,7 @@ each image channel K means, K log scales and, in colour, K coefficients.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,32 @@ from torch import Tensor
 from vdvae.config import Likelihood, levels_to_uint8
 
 LOG_SCALE_FLOOR = -7.0
+
+# What random numbers come from: one for a whole batch (None: PyTorch's own), or one an image, whose
+# draws then depend on no other image.
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def drawn(
+    draw: Callable[..., Tensor],
+    shape: Sequence[int],
+    generator: Generators,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Numbers of `torch.rand` or `torch.randn`, drawn on the generator's own device.
+
+    Args:
+        draw: which of the two.
+        shape: with the batch first.
+        generator: where there is one an image, as many as the batch has.
+        device: where the numbers are to be.
+        dtype: of the numbers.
+    """
+    if isinstance(generator, Sequence):
+        return torch.stack([drawn(draw, shape[1:], own, device, dtype) for own in generator])
+    where = generator.device if generator is not None else device
+    return draw(tuple(shape), generator=generator, device=where, dtype=dtype).to(device)
 
 
 def gaussian_kl(mean_q: Tensor, log_sigma_q: Tensor, mean_p: Tensor, log_sigma_p: Tensor) -> Tensor:
@@ -143,25 +170,26 @@ def dmol_sample(
     image_channels: int,
     num_levels: int,
     likelihood: Likelihood = "normalised",
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Tensor:
     """Draws an image from the mixture, uint8 [B,C,H,W] on the stored values of the levels.
 
-    A component by the Gumbel-max trick, then logistic noise. Each channel is put on its level
-    before it conditions the next, so a draw has exactly the probability that `dmol_log_prob`
-    gives; the published arithmetic passes on the clamped value instead.
+    A component by the Gumbel-max trick, then logistic noise, both from uniform numbers in steps of
+    2^-53, whose 0 gives the first level. Each channel is put on its level before it conditions the
+    next, so a draw has the probability that `dmol_log_prob` gives, within those steps and the
+    rounding of the parameters' type; the published arithmetic passes on the clamped value instead.
     """
     log_weights_BKHW, means, log_scales_BCKHW, coefficients = _split(params_BPHW, image_channels)
-    weights_noise = _uniform(log_weights_BKHW, generator)
-    chosen = (log_weights_BKHW - torch.log(-torch.log(weights_noise))).argmax(dim=1, keepdim=True)
+    gumbel_BKHW = -torch.log(-torch.log(_uniform(log_weights_BKHW, generator)))
+    chosen = (log_weights_BKHW + gumbel_BKHW).argmax(dim=1, keepdim=True)
 
     def of_chosen(values_BCKHW: Tensor) -> Tensor:
         index = chosen[:, None].expand(-1, image_channels, -1, -1, -1)
         return values_BCKHW.gather(2, index)[:, :, 0]
 
     mean_BCHW, scale_BCHW = of_chosen(means), of_chosen(log_scales_BCKHW).exp()
-    u = _uniform(mean_BCHW, generator)
-    noise_BCHW = scale_BCHW * (torch.log(u) - torch.log1p(-u))
+    logistic_BCHW = torch.logit(_uniform(mean_BCHW, generator)).to(mean_BCHW.dtype)
+    noise_BCHW = scale_BCHW * logistic_BCHW
     coefficients_BCHW = None if coefficients is None else of_chosen(coefficients)
 
     channels: list[Tensor] = []
@@ -183,7 +211,6 @@ def dmol_sample(
     return x_BCHW
 
 
-def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = generator.device if generator is not None else like.device
-    u = torch.rand(like.shape, generator=generator, device=device, dtype=like.dtype)
-    return u.to(like.device).clamp(1e-5, 1 - 1e-5)
+def _uniform(like: Tensor, generator: Generators) -> Tensor:
+    # In float32 the steps would be 2^-24, and the tails would end there.
+    return drawn(torch.rand, like.shape, generator, like.device, torch.float64)

@@ -13,7 +13,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 from vdvae.config import UserError, shown
 
@@ -98,7 +98,7 @@ def open_lock(path: Path) -> IO[str]:
     return os.fdopen(os.open(path, flags, 0o666), "r+", encoding="utf-8")
 
 
-def open_regular(path: Path, remedy: str = "name a file") -> BinaryIO:
+def open_regular(path: Path, remedy: str = "name a file") -> io.BufferedReader:
     """Opens a regular file to read, and never waits for a FIFO or a device.
 
     Raises:
@@ -125,10 +125,12 @@ def read_regular(path: Path, most_bytes: int, remedy: str = "name a file") -> by
     """
     with open_regular(path, remedy) as file:
         try:
-            data = file.read(most_bytes + 1)
+            size = os.fstat(file.fileno()).st_size
+            # No larger buffer than the file needs; some files of the system's say that they have 0.
+            data = file.read(min(max(size, 2**16), most_bytes) + 1) if size <= most_bytes else None
         except OSError as error:
             raise _unusable(path, error, remedy) from error
-    if len(data) > most_bytes:
+    if data is None or len(data) > most_bytes:
         raise UserError(f"{shown_path(path)}: has more than {most_bytes:,} bytes; {remedy}")
     return data
 

@@ -27,9 +27,11 @@ from vdvae.config import (
     uint8_to_levels,
 )
 from vdvae.distributions import (
+    Generators,
     dmol_log_prob,
     dmol_parameters,
     dmol_sample,
+    drawn,
     gaussian_kl,
     gaussian_log_ratio,
 )
@@ -415,7 +417,7 @@ class VDVAE(nn.Module):
             pixel_BCHW = level_BCHW.to(self.decoder.gain.dtype) * (255 / (config.num_levels - 1))
         return level_BCHW, (pixel_BCHW + config.shift) * config.scale
 
-    def _noise(self, batch: int, noise: Tensor | torch.Generator | None) -> Iterator[Tensor]:
+    def _noise(self, batch: int, noise: Tensor | Generators) -> Iterator[Tensor]:
         """Standard normal noise for each layer [B,Z,H,W], cut from one flat tensor [B,N]."""
         like = self.decoder.gain
         if not isinstance(noise, Tensor):
@@ -429,7 +431,7 @@ class VDVAE(nn.Module):
     def forward(
         self,
         x_BCHW: Tensor,
-        noise_BN: Tensor | torch.Generator | None = None,
+        noise_BN: Tensor | Generators = None,
         at_the_draw: bool = False,
     ) -> Elbo:
         """The terms of the bound for raw images, one draw of the posterior an image.
@@ -472,7 +474,7 @@ class VDVAE(nn.Module):
         self,
         x_BCHW: Tensor,
         mean: bool = False,
-        noise_BN: Tensor | torch.Generator | None = None,
+        noise_BN: Tensor | Generators = None,
     ) -> list[Tensor]:
         """Latents of images, one [B,Z,H,W] a stochastic layer, top first.
 
@@ -500,7 +502,7 @@ class VDVAE(nn.Module):
         batch: int,
         latents: Sequence[Tensor] = (),
         temperature: float | Sequence[float] = 1.0,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
         """Mixture parameters [B,P,H,W] from the first latents given and the prior for the rest."""
         count = len(self.decoder.blocks)
@@ -532,7 +534,7 @@ class VDVAE(nn.Module):
         latents: Sequence[Tensor],
         until: int | None = None,
         temperature: float | Sequence[float] = 1.0,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
         """Images, uint8 [B,C,H,W], from latents of `encode`.
 
@@ -540,7 +542,8 @@ class VDVAE(nn.Module):
             latents: one [B,Z,H,W] a stochastic layer, top first; later layers may be left out.
             until: use only the first `until` of them; the prior gives the rest.
             temperature: scale of the prior's standard deviation in the layers that it gives.
-            generator: of the prior's draws and of the pixels' (which stay at full temperature).
+            generator: of the prior's draws and of the pixels' (which stay at full temperature);
+                or as many as images, one each.
         """
         if not latents:
             raise UserError("latents: none given; use sample() to draw from the prior alone")
@@ -553,14 +556,20 @@ class VDVAE(nn.Module):
         self,
         n: int,
         temperature: float | Sequence[float] = 1.0,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
-        """Draws n images, uint8 [n,C,H,W]; temperature 0 puts every latent at its prior's mean."""
+        """Draws n images, uint8 [n,C,H,W]; temperature 0 puts every latent at its prior's mean.
+
+        Args:
+            n: how many, all at once.
+            temperature: scale of the prior's standard deviation, one number or one a layer.
+            generator: of all draws; or n of them, one an image.
+        """
         if n < 1:
             raise UserError(f"n: {n} images cannot be drawn; ask for at least 1")
         return self._pixels(self.likelihood_parameters(n, (), temperature, generator), generator)
 
-    def _pixels(self, params_BPHW: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _pixels(self, params_BPHW: Tensor, generator: Generators) -> Tensor:
         config = self.config
         return dmol_sample(
             params_BPHW, config.image_channels, config.num_levels, config.likelihood, generator
@@ -572,7 +581,6 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
-def normal(shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
+def normal(shape: tuple[int, ...], generator: Generators, like: Tensor) -> Tensor:
     """Standard normal noise on `like`'s device, drawn on the generator's own device."""
-    device = generator.device if generator is not None else like.device
-    return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+    return drawn(torch.randn, shape, generator, like.device, like.dtype)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdvae.checkpoint import check_values
 from vdvae.config import ModelConfig, UserError
 from vdvae.model import VDVAE
 
@@ -47,6 +48,9 @@ _FIELDS = {
     "no_bias_above": "no_bias_above",
     "num_mixtures": "mixtures",
 }
+
+
+_MOST_TOLD = 20  # names that do not fit
 
 
 def published_name(name: str) -> str:
@@ -119,8 +123,8 @@ def load_published(config: ModelConfig, weights: Mapping[str, Any]) -> VDVAE:
         weights: arrays or tensors by published parameter name, with or without `module.` before it.
 
     Raises:
-        UserError: listing every missing, extra or misshapen name, or naming weights that are not
-            finite.
+        UserError: listing missing, extra or misshapen names, or naming weights that are not float32
+            or not finite.
     """
     model = VDVAE(config)
     given = {name.removeprefix("module."): value for name, value in weights.items()}
@@ -133,11 +137,11 @@ def load_published(config: ModelConfig, weights: Mapping[str, Any]) -> VDVAE:
         if name in given and tuple(given[name].shape) != tuple(parameter.shape)
     ]
     if faults:
-        raise UserError(f"published weights do not fit the config: {'; '.join(faults)}")
+        told = [fault[:200] for fault in faults[:_MOST_TOLD]]
+        told += [f"and {len(faults) - len(told)} more"] * (len(faults) > len(told))
+        raise UserError(f"published weights do not fit the config: {'; '.join(told)}")
     tensors = {name: torch.as_tensor(given[name]) for name in ours}
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise UserError(f"published weights: not finite: {', '.join(bad)}; fetch them again")
+    check_values(tensors, "published weights", "fetch them again")
     with torch.no_grad():
         for name, parameter in ours.items():
             parameter.copy_(tensors[name])

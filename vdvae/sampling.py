@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from vdvae.config import ModelConfig, UserError, shown
-from vdvae.evaluate import image_noise
+from vdvae.evaluate import content_key, image_noise, seed_of
 from vdvae.model import VDVAE
 
 PIXELS_A_BATCH = 256 * 32 * 32  # bounds memory: 256 images of 32x32, 4 of 256x256, one of more
 MOST_SAMPLES = 4096
 MOST_STEPS = 1024  # of a way: one picture holds them side by side
+_DRAWN_AT_ONCE, _PIXELS_DRAWN = 16, 16 * 32 * 32  # 16 images of 32x32, 4 of 64x64, one of more
 
 
 def images_a_batch(config: ModelConfig) -> int:
@@ -23,7 +24,16 @@ def images_a_batch(config: ModelConfig) -> int:
 
 
 def draw(model: VDVAE, n: int, temperature: float, seed: int) -> Tensor:
-    """Draws n images, uint8 [N,C,H,W] on the CPU; the same seed gives the same images.
+    """Draws n images, uint8 [N,C,H,W] on the CPU; each depends on (seed, its number) alone.
+
+    So the first images of more are the same ones, bit for bit on one machine: the numbers an image
+    is drawn from are its own, and it is always computed at the same place of as many.
+
+    Args:
+        model: on its device.
+        n: how many.
+        temperature: scale of the prior's standard deviation.
+        seed: of all draws.
 
     Raises:
         UserError: n, temperature or seed out of bounds.
@@ -32,37 +42,49 @@ def draw(model: VDVAE, n: int, temperature: float, seed: int) -> Tensor:
         raise UserError(f"n: {shown(n)} is out of bounds; ask for 1 to {MOST_SAMPLES} images")
     if not 0 <= temperature <= 2:
         raise UserError(f"temperature: {temperature} is out of bounds; use 0 to 2")
-    return draw_in_batches(model, n, temperature, generator_of(seed), images_a_batch(model.config))
+    check_seed(seed)
+    size = max(1, min(_DRAWN_AT_ONCE, _PIXELS_DRAWN // model.config.image_size**2))
 
+    def drawn(start: int) -> Tensor:
+        seeds = [seed_of("sample", seed, number) for number in range(start, start + size)]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return model.sample(size, temperature, generators).cpu()
 
-def draw_in_batches(
-    model: VDVAE, n: int, temperature: float, generator: torch.Generator, batch_size: int
-) -> Tensor:
-    """Draws n images, uint8 [N,C,H,W] on the CPU, as many at once as the batch size says."""
-    sizes = [min(batch_size, n - start) for start in range(0, n, batch_size)]
-    return torch.cat([model.sample(size, temperature, generator).cpu() for size in sizes])
+    return torch.cat([drawn(start) for start in range(0, n, size)])[:n]
 
 
 @torch.no_grad()
 def reconstruction_ladder(
-    model: VDVAE, x_BCHW: Tensor, generator: torch.Generator, temperature: float = 0.1
+    model: VDVAE, x_BCHW: Tensor, seed: int, temperature: float = 0.1
 ) -> dict[int, Tensor]:
     """Reconstructions from the latents up to each resolution: {resolution: uint8 [B,C,H,W]}.
 
     The posterior gives the latents of all layers up to the resolution; the prior, at low
-    temperature, the rest (Fig. 4: which images are likely given a part of the latents).
+    temperature, the rest (Fig. 4: which images are likely given a part of the latents). All draws
+    are of (seed, content of the image).
+
+    Args:
+        model: on its device.
+        x_BCHW: images, uint8.
+        seed: of all draws.
+        temperature: of the prior.
+
+    Raises:
+        UserError: a seed out of bounds, or images that are not the model's.
     """
-    latents = model.encode(x_BCHW, noise_BN=generator)
+    check_seed(seed)
     resolutions = [entry.resolution for entry in model.decoder.layout]
-    return {
-        resolution: model.decode(
-            latents,
-            until=len([r for r in resolutions if r <= resolution]),
-            temperature=temperature,
-            generator=generator,
-        )
-        for resolution in model.decoder.resolutions
-    }
+    rungs: dict[int, list[Tensor]] = {resolution: [] for resolution in model.decoder.resolutions}
+    # One by one: a batch of other size would round otherwise.
+    for x_CHW in x_BCHW:
+        image_BCHW = x_CHW[None].to(model.decoder.gain.device)
+        key = seed_of("reconstruct", seed, content_key(x_CHW))
+        generator = torch.Generator().manual_seed(key)
+        latents = model.encode(image_BCHW, noise_BN=generator)
+        for resolution, images in rungs.items():
+            until = len([r for r in resolutions if r <= resolution])
+            images.append(model.decode(latents, until, temperature, generator))
+    return {resolution: torch.cat(images) for resolution, images in rungs.items()}
 
 
 def interpolate(model: VDVAE, x_CHW: Tensor, y_CHW: Tensor, steps: int, seed: int) -> Tensor:
@@ -123,6 +145,15 @@ def generator_of(seed: int) -> torch.Generator:
     Raises:
         UserError: a seed out of bounds.
     """
+    check_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def check_seed(seed: int) -> None:
+    """Checks a seed of draws.
+
+    Raises:
+        UserError: it is out of bounds.
+    """
     if not 0 <= seed < 2**31:
         raise UserError(f"seed: {seed} is out of bounds; use 0 to {2**31 - 1}")
-    return torch.Generator().manual_seed(seed)

@@ -11,7 +11,7 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vdvae import doctor
-from vdvae.checkpoint import StateWriter, read_newest_state
+from vdvae.checkpoint import LARGEST, StateWriter, check_fit, check_values, read_newest_state
 from vdvae.config import ModelConfig, TrainConfig, UserError
 from vdvae.distributed import ALONE, Ranks, own_gradients
 from vdvae.doctor import Finding, Point
@@ -94,9 +94,9 @@ class TrainState:
         """Takes up the newest checkpoint, where there is one.
 
         Raises:
-            UserError: for the checkpoint of another model.
+            UserError: for the checkpoint of another model, or one that is not fit to go on from.
         """
-        found = read_newest_state(folder)
+        found = read_newest_state(folder, most_bytes=2 * self.bytes() + 2**24)
         if found is None:
             return
         tensors, state = found
@@ -105,6 +105,7 @@ class TrainState:
                 f"{folder}: holds checkpoints of another model config; move that folder away, "
                 f"or set the config back, then run the same command again"
             )
+        self._check(tensors, str(folder))
         for name, parameter in self.model.named_parameters():
             parameter.copy_(tensors[f"model/{name}"])
             if f"optimiser.step/{name}" in tensors:
@@ -129,6 +130,34 @@ class TrainState:
         self.findings_seen = state["findings_seen"]
         self.history = state["history"]
         self.window = state["window"]
+
+    def _check(self, tensors: dict[str, Tensor], where: str) -> None:
+        """Checks what a checkpoint holds: whole parts of this model's shapes, finite throughout."""
+        remedy = "restore the checkpoints, or move that folder away to begin anew"
+        weights = dict(self.model.named_parameters())
+        scalars = dict.fromkeys(weights, torch.zeros(()))
+        parts: dict[str, Mapping[str, Tensor]] = {
+            **dict.fromkeys(("model", "ema", "best"), weights),
+            **dict.fromkeys(("optimiser.exp_avg", "optimiser.exp_avg_sq"), weights),
+            "optimiser.step": scalars,
+        }
+        held: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition("/")
+            held.setdefault(part, {})[name] = tensor
+        optimised = {part for part in held if part.startswith("optimiser.")}
+        if not held.keys() <= parts.keys() or len(optimised) not in (0, 3):
+            raise UserError(f"{where}: holds other parts than a checkpoint's; {remedy}")
+        for part, found in held.items():
+            check_fit(found, parts[part], f"{where}: {part} does not fit the model", remedy)
+            inside = part.startswith("optimiser.")
+            check_values(
+                found,
+                f"{where}: {part}",
+                remedy,
+                dtype=torch.float32 if part == "optimiser.step" else self.model.decoder.gain.dtype,
+                largest=torch.finfo(torch.float32).max if inside else LARGEST,
+            )
 
     @torch.no_grad()
     def finished_model(self) -> VDVAE:

@@ -150,15 +150,14 @@ def open_model(recipe: Recipe, places: Places) -> VDVAE:
 
 def draw_samples(model: VDVAE, seed: int) -> list[tuple[str, str | None]]:
     """A grid at each temperature: how it was drawn, and its `data:` address."""
-    import torch
+    from vdvae.sampling import draw
 
     count = min(_affordable_images(model), _MOST_SAMPLES)
     samples = []
     with tempfile.TemporaryDirectory() as folder:
         for temperature in TEMPERATURES:
             # The same noise at each temperature: the grids differ by its scale alone.
-            generator = torch.Generator().manual_seed(seed)
-            x_BCHW = model.sample(count, temperature, generator)
+            x_BCHW = draw(model, count, temperature, seed)
             grid = Path(folder) / f"{temperature}.png"
             save_grid(grid, shown(x_BCHW))
             samples.append((sample_title(temperature, seed), picture(grid)))

@@ -17,8 +17,6 @@ def sample(name: str) -> None:
     manifest = check_manifest(recipe, Manifest.load(places.manifest(name)))
     store = open_store(places.store_url)
 
-    import torch
-
     import vdvae
     from pipeline import tracking
     from vdvae.precision import exact_float32
@@ -31,13 +29,11 @@ def sample(name: str) -> None:
     results = places.results(name)
     opened = tracking.open_run(name, places, results / "run.json", recipe.flat(), {}, manifest)
     with BufferedRun(opened, places.runs) as run:
-        generator = torch.Generator().manual_seed(settings.seed)
-        batch = recipe.evaluate.batch_size
-        drawn = draw_samples(model, settings.n, settings.temperature, generator, batch)
+        drawn = draw_samples(model, settings.n, settings.temperature, settings.seed)
         save_grid(results / "samples.png", drawn)
         reader = ShardReader(manifest, store, "validation")
         _, originals = next(reader.scan(settings.reconstructions))
-        rows, columns = draw_ladder(model, originals, generator)
+        rows, columns = draw_ladder(model, originals, settings.seed)
         save_grid(results / "reconstructions.png", rows, columns)
         for picture in ("samples.png", "reconstructions.png"):
             run.log_artifact(results / picture, "pictures")

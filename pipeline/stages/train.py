@@ -31,6 +31,7 @@ from pipeline.shards import Manifest, ShardReader
 from pipeline.stages import check_manifest, main
 from pipeline.stages.evaluate import scores_of
 from pipeline.storage import open_store
+from pipeline.yaml_files import read_yaml
 from vdvae.files import atomic_write, sha256_of
 
 if TYPE_CHECKING:
@@ -48,14 +49,6 @@ _MAY_CHANGE = (
     *("compile", "channels_last", "accumulation", "recompute_from"),  # these move the rounding
 )
 _SAMPLES, _LADDERS = 8, 4  # most columns and rows in pictures of training
-_CODE = (
-    "vdvae/model.py",
-    "vdvae/distributions.py",
-    "vdvae/training.py",
-    "vdvae/precision.py",
-    "pipeline/shards/reader.py",
-    "pipeline/shards/decode.py",
-)
 
 
 def train(name: str) -> None:
@@ -148,7 +141,6 @@ def _lead(part: _Part, device: str) -> None:
     """Trains, tells the world of it, and writes what the stage makes."""
     from pipeline import tracking
     from vdvae.checkpoint import save
-    from vdvae.evaluate import seed_of
 
     recipe, places, folder = part.recipe, part.places, part.folder
     fresh = not (folder / "checkpoints").exists()
@@ -174,8 +166,7 @@ def _lead(part: _Part, device: str) -> None:
                 run.files / "pictures" / "training",
                 step,
                 columns=min(recipe.sample.n, _SAMPLES),
-                seed=seed_of("pictures", recipe.train.seed),
-                batch_size=recipe.evaluate.batch_size,
+                seed=recipe.train.seed,
             )
 
     def on_progress(progress: Progress) -> bool:
@@ -217,15 +208,25 @@ def _lead(part: _Part, device: str) -> None:
 
 
 def run_digest(recipe: Recipe, manifest: Manifest) -> str:
-    """What the weights depend on, in 12 hex digits: settings, data and the code that computes."""
+    """What the weights depend on, in 12 hex digits: settings, data and the code that computes.
+
+    The code is what dvc.yaml lists, so that what DVC takes for new is new here, too.
+    """
     train = {k: v for k, v in recipe.train.to_dict().items() if k not in _MAY_CHANGE}
     facts = {
         "model": recipe.model.to_dict(),
         "train": train,
+        "validation_seed": recipe.evaluate.seed,
         "manifest": manifest.digest,
-        "code": {path: sha256_of(Path(path)) for path in _CODE},
+        "code": {path: sha256_of(Path(path)) for path in code_of("train")},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def code_of(stage: str) -> list[str]:
+    """The source files and folders that a stage's results depend on, by dvc.yaml."""
+    listed = read_yaml(Path("dvc.yaml"))["stages"][stage]["do"]
+    return [path for path in listed["deps"] if path.startswith(("vdvae/", "pipeline/"))]
 
 
 def _recorded_by_dvc(recipe: Recipe, folder: Path) -> bool:
