@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import serve
-from pipeline.exits import BAD_INPUT, machine_error
+from pipeline.exits import machine_error
 from vdvae.config import UserError
 
 _DIFFERENT = 1  # exit code of `show --verify` that found something
@@ -88,13 +88,6 @@ def run(words: argparse.Namespace) -> None:
         if sentence is None:
             raise
         raise UserError(sentence) from error
-    except UserError as error:
-        sentences = getattr(error, "sentences", None)  # of images: one each
-        if sentences is None:
-            raise
-        for sentence in sentences:
-            print(f"error: {sentence}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
 
 
 def _check_output(path: Path) -> None:
