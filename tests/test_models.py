@@ -207,7 +207,9 @@ def test_images_that_do_not_fit_are_named_one_by_one_and_nothing_is_written(
     Image.new("L", (8, 8)).save(folder / "good.png")
     Image.new("L", (9, 8)).save(folder / "large.png")
     (folder / "broken.png").write_bytes((folder / "good.png").read_bytes()[:-20])
-    Image.new("L", (8, 8)).save(folder / "moving.gif")
+    Image.new("L", (8, 8)).save(
+        folder / "moving.gif", save_all=True, append_images=[Image.new("L", (8, 8), 9)]
+    )
     (folder / "notes.txt").write_text("no image")
     for words in (["score"], ["encode"], ["reconstruct"]):
         assert ended([*words, NAME, str(folder), "-o", str(tmp_path / "out")]) == 2
@@ -218,9 +220,13 @@ def test_images_that_do_not_fit_are_named_one_by_one_and_nothing_is_written(
             f"error: {folder}/large.png: is 9x8, this model reads 8x8; crop or resize it"
         )
         assert broken.startswith(f"error: {folder}/broken.png: cannot be decoded")
-        assert moving.startswith(f"error: {folder}/moving.gif: is no image in PNG")
+        assert moving.startswith(f"error: {folder}/moving.gif: is animated")
     assert ended(["interpolate", NAME, str(folder / "good.png"), "none.png", "-o", "x.png"]) == 2
     assert capsys.readouterr().err.startswith("error: none.png: cannot be read (No such file")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert ended(["interpolate", NAME, str(tmp_path / "pipe.png"), "-", "-o", "x.png"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/pipe.png: is no regular file")
+    (tmp_path / "pipe.png").unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd"]
 
 

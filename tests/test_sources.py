@@ -434,7 +434,7 @@ def test_folder_refuses_a_truncated_jpeg(tmp_path):
     refused(folder(tmp_path, image_size=64), r"a.jpg: cannot be decoded \(image file is truncated")
 
 
-def short_png(rows: int, interlaced: bool = False) -> bytes:
+def short_png(rows: int) -> bytes:
     """A PNG that says 32x32 and has fewer rows, in a stream of zlib that is whole."""
     whole = np.asarray(picture(size=(32, 32)))[:rows]
     out = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, 8, 2, 0, 0, 0))
@@ -513,7 +513,7 @@ def test_whole_images_are_not_taken_for_incomplete(size):
                 out = io.BytesIO()
                 try:
                     image.convert(mode).save(out, **option)
-                except OSError:  # this format has no such mode
+                except (OSError, ValueError):  # this format has no such mode
                     continue
                 plain = Image.open(io.BytesIO(out.getvalue())).convert("RGB")
                 assert decode(io.BytesIO(out.getvalue()), "f", 3).tobytes() == plain.tobytes()
@@ -649,9 +649,9 @@ def test_bad_images_of_a_prefix_are_named_as_those_of_a_folder(s3_url, tmp_path)
     (tmp_path / "a.png").write_bytes(png()[:-40])
     upload(s3_url, tmp_path)
     refused(folder(f"{s3_url}/"), rf"^{s3_url}/a.png: cannot be decoded")
-    (tmp_path / "b.gif").write_bytes(b"")
+    (tmp_path / "b.heic").write_bytes(b"")
     upload(s3_url, tmp_path)
-    refused(folder(s3_url), rf"^{s3_url}/b.gif: .gif images are not read")
+    refused(folder(s3_url), rf"^{s3_url}/b.heic: .heic images are not read")
 
 
 @pytest.mark.parametrize(
