@@ -517,9 +517,11 @@ def odd_folder(folder: Path) -> DataConfig:
     (folder / "020-text.png").write_bytes(b"text")
     (folder / "030-phone.heic").write_bytes(b"")
     Image.new("RGB", (9, 8)).save(folder / "040-wide.png")
-    Image.new("RGB", (8, 8), "red").save(folder / "050-short.jpg")
+    noise = Image.fromarray(np.random.RandomState(99).randint(0, 256, (8, 8, 3)).astype(np.uint8))
+    noise.save(folder / "050-short.jpg", progressive=True, quality=100)
     jpeg = (folder / "050-short.jpg").read_bytes()
-    (folder / "050-short.jpg").write_bytes(jpeg[: jpeg.rindex(b"\xff\xda") + 10] + b"\xff\xd9")
+    scan = jpeg.rindex(b"\xff\xda")
+    (folder / "050-short.jpg").write_bytes(jpeg[: (scan + len(jpeg)) // 2] + b"\xff\xd9")
     return DataConfig(source="folder", path=str(folder), image_size=8, shard_images=7,
                       validation=0.2, test=0.2)  # fmt: skip
 
@@ -563,6 +565,7 @@ class Holed(Made):
     """Some images are found to be odd only where shards are made."""
 
     def load(self, places, converted):
+        places = list(places)
         for place, image in zip(places, super().load(places, converted), strict=True):
             odd = place % 4 == 1 or place < 12
             yield OddImage(f"made-{place}: is odd", "odd") if odd else image
