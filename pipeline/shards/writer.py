@@ -212,12 +212,14 @@ def _write(
     odd: list[OddImage] = []
 
     def images() -> Iterator[Item]:
+        refused = False  # then no more shards are begun, and all other files are still looked at
         for item in source.items(run):
             if isinstance(item, OddImage):
                 odd.append(item)
-            elif not odd or data.unreadable == "skip":
+                refused = data.unreadable == "refuse"
+            elif not refused:
                 yield item
-        if data.unreadable == "refuse" and odd:
+        if refused:
             refuse_or_skip(recipe, data.unreadable, odd, odd_list)
 
     jobs = _jobs(recipe, images(), most)
