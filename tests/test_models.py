@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from registry_project import NAME, Project, enter
 import vdvae
 from pipeline import models, tracking
 from pipeline.cli import main
+from pipeline.model_card import model_card
+from pipeline.shards import Manifest
 from pipeline.sources import on_levels
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.shard import shard
@@ -280,6 +283,24 @@ def test_an_exported_folder_needs_no_mlflow_and_comes_whole(
     for name, tensor in vdvae.load(registered.results / "model").state_dict().items():
         assert torch.equal(loaded[name], tensor)
     assert ended(["export", NAME, str(folder)]) == 2
+
+
+def test_the_card_counts_what_was_left_out(registered: Project) -> None:
+    manifest = Manifest.load(registered.places.manifest("tiny"))
+    source = dataclasses.replace(
+        manifest.source, notes={"left out": {"damaged": 2, "is animated": 1}}
+    )
+    card = model_card(
+        name="vdvae-tiny",
+        config=registered.recipe.model,
+        parameters=1,
+        manifest=dataclasses.replace(manifest, source=source),
+        metrics={},
+        conditions={"seed": 0},
+        tags={"weights_sha256": "", "environment": ""},
+        settings=registered.recipe.flat(),
+    )
+    assert "Files left out as no images: 3 (damaged 2, is animated 1)." in card
 
 
 def test_the_card_says_what_somebody_should_know(registered: Project) -> None:

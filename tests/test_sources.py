@@ -735,6 +735,19 @@ def test_imagenet_refuses_the_later_release_and_damaged_tars(tmp_path, monkeypat
     refused(data, r"valid_32x32.tar: cannot be read as a tar")
 
 
+def test_an_odd_image_in_a_tar_does_not_hide_those_behind_it(tmp_path):
+    imagenet_tar(tmp_path / "valid_32x32.tar", [4])
+    files = [png(size=(32, 32)), png(size=(32, 32))[:-40], b"text", png(size=(9, 9)), short_png(7)]
+    files.append(png(size=(32, 32), seed=1))
+    tar = b"".join(member(f"{number}.png", data) for number, data in enumerate(files))
+    (tmp_path / "train_32x32.tar").write_bytes(tar + bytes(1024))
+    source = open_source("r", config("imagenet", tmp_path, image_size=32, validation=2))
+    found = list(source.load([item.at for item in source.items(map)], Counter()))
+    assert [one.reason if isinstance(one, OddImage) else "image" for one in found] == [
+        "image", "damaged", "no image, or damaged", "another size", "incomplete", "image", "image"
+    ]  # fmt: skip
+
+
 # What a tar may hold to do harm; each was a traceback, a hang or was taken for good.
 HOSTILE = {
     "size of -512": member("b.png", size=-512),
