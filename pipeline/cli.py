@@ -68,6 +68,12 @@ def _main(arguments: Sequence[str] | None) -> None:
     new.add_argument("--levels", type=int, default=256, help="grey levels (256)")
     new.add_argument("--memory", type=float, metavar="GIB", help="by default the GPU's, or the RAM")
     new.add_argument("--batch", type=int, help="images a step; by default what fits, to 32")
+    new.add_argument(
+        "--unreadable",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="files that are no images",
+    )
     new.add_argument("--active", action="store_true", help="let a bare 'dvc repro' rebuild it too")
     audit = commands.add_parser(
         "evaluate", help="what a lower precision does to a model's figures, image by image"
@@ -258,6 +264,7 @@ def _recipe(words: argparse.Namespace) -> None:
         levels=words.levels,
         memory_gib=words.memory,
         batch_size=words.batch,
+        unreadable=words.unreadable,
         activate=words.active,
     )
     name, model, train = made.recipe.name, made.recipe.model, made.recipe.train

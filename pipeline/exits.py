@@ -25,8 +25,12 @@ class Away(UserError):
 
 
 def fail(error: UserError | str) -> NoReturn:
-    """Says what is wrong in one line and exits: BAD_INPUT, or AWAY where that is behind it."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    """Says what is wrong in one line and exits: BAD_INPUT, or AWAY where that is behind it.
+
+    An error with `sentences`, about one file each, gets a line for each.
+    """
+    for sentence in getattr(error, "sentences", [error]):
+        print(f"error: {' '.join(str(sentence).split())}", file=sys.stderr, flush=True)
     behind: BaseException | None = error if isinstance(error, UserError) else None
     while behind is not None and not isinstance(behind, Away):
         behind = behind.__cause__ or behind.__context__

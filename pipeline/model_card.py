@@ -51,6 +51,7 @@ def model_card(
     recipe = manifest.recipe
     height, width, channels = manifest.shape
     splits = ", ".join(f"{split} {found.images:,}" for split, found in manifest.splits.items())
+    left_out = f" Files left out as no images: {manifest.left_out}." if manifest.left_out else ""
     figures = "\n".join(
         f"| {split} | {found['bits_per_dim']:.4f} ± {found['bits_per_dim_se']:.4f} "
         f"| {found['rate_bits_per_dim']:.4f} | {found['distortion_bits_per_dim']:.4f} "
@@ -89,7 +90,7 @@ latents.
 ## Data
 
 {manifest.source.name}: {splits} images on {config.num_levels} levels. Validation chose the \
-champion; test decided nothing.
+champion; test decided nothing.{left_out}
 
 Terms, as the source gives them: {manifest.source.terms}. They may bind the model and its samples \
 too.

@@ -38,31 +38,22 @@ from pipeline.params import PARAMS, Places
 from pipeline.pictures import shown as images_shown
 from pipeline.shards import Manifest
 from pipeline.sources import on_levels
-from pipeline.sources.decode import FORMATS, decode
+from pipeline.sources.decode import FORMATS, OddImages, decode
 from pipeline.sources.folder import NOT_READ, READ
+from pipeline.sources.raw import read_image
 from pipeline.storage import open_store, shown
 from pipeline.versions import Version, client_of, download, fetch, fetch_files, find, find_all
 from pipeline.yaml_files import read_yaml
 from vdvae.checkpoint import CONFIG, WEIGHTS
 from vdvae.config import ModelConfig, UserError
 from vdvae.evaluate import Scores, evaluate
-from vdvae.files import atomic_path, open_regular, sha256_of, target_of
+from vdvae.files import atomic_path, sha256_of, target_of
 from vdvae.model import VDVAE
 from vdvae.precision import exact_float32
 from vdvae.sampling import draw, images_a_batch, reconstruction_ladder
 from vdvae.sampling import interpolate as way_between
 
-_MOST_TOLD = 20  # bad images that are named one by one
 _MOST_RECONSTRUCTED = 64
-
-
-class BadImages(UserError):
-    """Images that a model cannot read: a sentence each."""
-
-    def __init__(self, sentences: Sequence[str]) -> None:
-        left = len(sentences) - _MOST_TOLD
-        self.sentences = list(sentences[:_MOST_TOLD]) + ([f"and {left} more"] if left > 0 else [])
-        super().__init__("; ".join(self.sentences))
 
 
 def versions() -> list[Version]:
@@ -394,17 +385,13 @@ def _checked(paths: list[Path], config: ModelConfig) -> list[Path]:
         except UserError as error:
             sentences.append(str(error))
     if sentences:
-        raise BadImages(sentences)
+        raise OddImages(sentences)
     return paths
 
 
 def _read(path: Path, config: ModelConfig) -> Tensor:
     name, size = shown(str(path)), config.image_size
-    try:
-        with open_regular(path, "name another") as file:
-            picture = decode(file, name, config.image_channels)
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror}); name another") from None
+    picture = decode(read_image(path, name), name, config.image_channels)
     if picture.size != (size, size):
         raise UserError(
             f"{name}: is {picture.width}x{picture.height}, this model reads {size}x{size}; "

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import serve
-from pipeline.exits import BAD_INPUT
 from vdvae.config import UserError
 from vdvae.files import atomic_write, path_of, shown_path, target_of
 
@@ -82,15 +81,7 @@ def run(words: argparse.Namespace) -> None:
     }  # fmt: skip
     if getattr(words, "output", None):
         _check_output(words.output)  # before the work
-    try:
-        actions[words.action](words)
-    except UserError as error:
-        sentences = getattr(error, "sentences", None)  # of images: one each
-        if sentences is None:
-            raise
-        for sentence in sentences:
-            print(f"error: {sentence}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+    actions[words.action](words)
 
 
 def _check_output(path: Path) -> None:

@@ -24,9 +24,10 @@ from pipeline.params import (
     SampleConfig,
     read_params,
 )
-from pipeline.shards import Manifest
+from pipeline.shards import Manifest, odd_list_of, refuse_or_skip
 from pipeline.shards.writer import mean_std
-from pipeline.sources.folder import READ, Folder
+from pipeline.sources.decode import OddImage
+from pipeline.sources.folder import READ, Folder, file_of
 from pipeline.storage import shown_url
 from vdvae.config import ModelConfig, TrainConfig, UserError, shown
 from vdvae.files import path_of
@@ -78,6 +79,7 @@ def new_recipe(
     levels: int = 256,
     memory_gib: float | None = None,
     batch_size: int | None = None,
+    unreadable: str = "refuse",
     activate: bool = False,
     path: Path = PARAMS,
 ) -> Made:
@@ -91,10 +93,11 @@ def new_recipe(
         levels: grey levels.
         memory_gib: what training may hold; None: this machine's GPU memory, or its RAM.
         batch_size: images a step; None: what fits, 32 at most.
+        unreadable: what to do about files that are no images, `refuse` or `skip`.
         activate: whether the recipe joins `active`.
 
     Raises:
-        UserError: naming what does not do; nothing is written then.
+        UserError: naming what does not do; params.yaml stays as it is then.
     """
     params = read_params(path)
     if not re.fullmatch(RECIPE, name):
@@ -109,7 +112,13 @@ def new_recipe(
     if memory_gib is not None and not 0 < memory_gib < float("inf"):
         raise UserError(f"--memory: {memory_gib} GiB hold nothing; give more than 0")
     pools = pools_of(size)
-    facts = {"source": "folder", "path": _place(data), "image_size": size, "resize": "crop"}
+    facts = {
+        "source": "folder",
+        "path": _place(data),
+        "image_size": size,
+        "resize": "crop",
+        "unreadable": unreadable,
+    }
     config = DataConfig.from_dict({**facts, "channels": channels or 3, "num_levels": levels})
     images, mean, std, grey, normalised_by = _look(name, config)
     share = 0.1 if images >= 100 else 0.2  # so that no split of a small folder is left empty
@@ -300,22 +309,30 @@ def _place(data: str) -> str:
 
 def _look(name: str, data: DataConfig) -> tuple[int, float, float, bool, str]:
     """Images in all; mean and standard deviation in 0..255; all grey or not; what they are of."""
-    source = Folder(name, data)
-    listed = source.files.list(Counter())
-    files = sorted(file for file in listed if file.name.lower().endswith(READ))
-    if not files:
+    source, places = Folder(name, data), Places.from_env()
+    listed, odd = source.listed(Counter())
+    files = [file_of(entry) for entry in listed]
+    if not files and not odd:
         raise UserError(
             f"--data: {shown_url(data.path)} has no images ({', '.join(READ)}); put some there, "
             f"or give another folder"
         )
-    every = -(-len(files) // _READ_AT_MOST)
+    every = -(-len(files) // _READ_AT_MOST) or 1
     histogram = np.zeros(256, np.int64)
     looked_at, grey = 0, True
     for image_HWC in source.load(files[::every], Counter()):
+        if isinstance(image_HWC, OddImage):
+            odd.append(image_HWC)
+            continue
         looked_at += 1
         histogram += np.bincount(image_HWC.ravel(), minlength=256)
         grey = grey and bool((image_HWC == image_HWC[..., :1]).all())
-    manifest = Places.from_env().manifest(name)
+    refuse_or_skip(name, data.unreadable, odd, odd_list_of(places.runs, name), "--unreadable skip")
+    if not looked_at:
+        raise UserError(
+            f"--data: {shown_url(data.path)} has no images that can be read; give another folder"
+        )
+    manifest = places.manifest(name)
     if manifest.exists():
         known = Manifest.load(manifest)
         if tuple(known.shape[:2]) == (data.image_size,) * 2 and known.num_levels == data.num_levels:

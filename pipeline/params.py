@@ -31,6 +31,7 @@ class DataConfig(Config):
     test: float = number(0, 1e9, default=0.1)  # the same; sources with a published test ignore it
     resize: Literal["", "crop", "stretch"] = ""  # "": every image must have image_size already
     shard_images: int = number(1, 1_000_000, default=1000)  # most images in a shard
+    unreadable: Literal["refuse", "skip"] = "refuse"  # files that are no whole, still image
 
     def check(self) -> None:
         if "\0" in self.path or len(self.path) > 4096:

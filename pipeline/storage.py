@@ -294,15 +294,13 @@ class S3Folder:
             place = {"Bucket": self.bucket, "Key": self._start + name}
             return _download(client, place, None, start, start + count)
 
-    def read(self, name: str, limit: int) -> bytes:
-        """An object's bytes; UserError where there are more than `limit`."""
+    def read(self, name: str, limit: int) -> bytes | None:
+        """An object's bytes; None where there are more than `limit`."""
         where = shown(f"{self.root}/{name}")
         with self._errors(where, "read") as client:
             place = {"Bucket": self.bucket, "Key": self._start + name}
             data = _download(client, place, limit + 1)
-        if len(data) > limit:
-            raise UserError(f"{where}: has more than {limit:,} bytes; shrink it or take it out")
-        return data
+        return data if len(data) <= limit else None
 
     def _errors(self, where: str, done: str) -> contextlib.AbstractContextManager[Any]:
         return _s3(

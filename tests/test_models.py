@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from registry_project import NAME, Project, enter
 import vdvae
 from pipeline import models, tracking
 from pipeline.cli import main
+from pipeline.model_card import model_card
+from pipeline.shards import Manifest
 from pipeline.sources import on_levels
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.shard import shard
@@ -207,7 +210,9 @@ def test_images_that_do_not_fit_are_named_one_by_one_and_nothing_is_written(
     Image.new("L", (8, 8)).save(folder / "good.png")
     Image.new("L", (9, 8)).save(folder / "large.png")
     (folder / "broken.png").write_bytes((folder / "good.png").read_bytes()[:-20])
-    Image.new("L", (8, 8)).save(folder / "moving.gif")
+    Image.new("L", (8, 8)).save(
+        folder / "moving.gif", save_all=True, append_images=[Image.new("L", (8, 8), 9)]
+    )
     (folder / "notes.txt").write_text("no image")
     for words in (["score"], ["encode"], ["reconstruct"]):
         assert ended([*words, NAME, str(folder), "-o", str(tmp_path / "out")]) == 2
@@ -218,9 +223,13 @@ def test_images_that_do_not_fit_are_named_one_by_one_and_nothing_is_written(
             f"error: {folder}/large.png: is 9x8, this model reads 8x8; crop or resize it"
         )
         assert broken.startswith(f"error: {folder}/broken.png: cannot be decoded")
-        assert moving.startswith(f"error: {folder}/moving.gif: is no image in PNG")
+        assert moving.startswith(f"error: {folder}/moving.gif: is animated")
     assert ended(["interpolate", NAME, str(folder / "good.png"), "none.png", "-o", "x.png"]) == 2
     assert capsys.readouterr().err.startswith("error: none.png: cannot be read (No such file")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert ended(["interpolate", NAME, str(tmp_path / "pipe.png"), "-", "-o", "x.png"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/pipe.png: is no regular file")
+    (tmp_path / "pipe.png").unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd"]
 
 
@@ -274,6 +283,24 @@ def test_an_exported_folder_needs_no_mlflow_and_comes_whole(
     for name, tensor in vdvae.load(registered.results / "model").state_dict().items():
         assert torch.equal(loaded[name], tensor)
     assert ended(["export", NAME, str(folder)]) == 2
+
+
+def test_the_card_counts_what_was_left_out(registered: Project) -> None:
+    manifest = Manifest.load(registered.places.manifest("tiny"))
+    source = dataclasses.replace(
+        manifest.source, notes={"left out": {"damaged": 2, "is animated": 1}}
+    )
+    card = model_card(
+        name="vdvae-tiny",
+        config=registered.recipe.model,
+        parameters=1,
+        manifest=dataclasses.replace(manifest, source=source),
+        metrics={},
+        conditions={"seed": 0},
+        tags={"weights_sha256": "", "environment": ""},
+        settings=registered.recipe.flat(),
+    )
+    assert "Files left out as no images: 3 (damaged 2, is animated 1)." in card
 
 
 def test_the_card_says_what_somebody_should_know(registered: Project) -> None:

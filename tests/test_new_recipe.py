@@ -13,7 +13,9 @@ import pytest
 from conftest import ROOT, Project
 from PIL import Image
 
+from pipeline.cli import main
 from pipeline.new_recipe import blocks, pools_of, widths
+from pipeline.params import load_recipe
 from vdvae.config import ModelConfig, UserError, parse_decoder
 
 CLI = (sys.executable, "-c", "from pipeline.cli import main; main()")
@@ -35,6 +37,38 @@ def test_blocks_stand_at_every_resolution_down_to_1(size: int, depth: int) -> No
 def test_a_size_without_sensible_blocks_is_refused(size: int) -> None:
     with pytest.raises(UserError, match=f"--size: {size} "):
         pools_of(size)
+
+
+def test_odd_files_are_named_together_and_may_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (ROOT / "params.yaml").read_bytes()
+    (tmp_path / "params.yaml").write_bytes(before)
+    (tmp_path / "images").mkdir()
+    for number in range(60):
+        size = (20 + number, 30)
+        Image.effect_noise(size, 50).save(
+            tmp_path / f"images/{number}.{'gif' if number % 2 else 'tif'}"
+        )
+    for number in range(25):
+        (tmp_path / f"images/odd-{number:02}.png").write_bytes(b"text")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VDVAE_RUNS", raising=False)
+    words = ["recipe", "new", "mine", "--data", "images", "--size", "8", "--memory", "1"]
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 2 and Path("params.yaml").read_bytes() == before
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert [line.partition(" is ")[0] for line in lines] == [
+        f"error: images/odd-{number:02}.png:" for number in range(20)
+    ]
+    path = tmp_path / "runs/shards/mine-unreadable.txt"
+    assert last.startswith(f"error: and 5 more; all 25 are in {path}; mend")
+    assert last.endswith("or leave them out by --unreadable skip")
+    assert len(path.read_text().splitlines()) == 25
+    main([*words, "--unreadable", "skip"])
+    assert load_recipe("mine").data.unreadable == "skip"
+    assert "1 channels" in capsys.readouterr().out
 
 
 @pytest.mark.integration

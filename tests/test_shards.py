@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from s3_server import s3_server
 from tar_members import extended, member
@@ -30,7 +31,8 @@ from pipeline.params import DataConfig
 from pipeline.shards import BlockCache, Manifest, Shard, ShardReader, Split, write_shards, writer
 from pipeline.shards.duplicates import find_duplicates
 from pipeline.shards.jobs import Workers, open_workers
-from pipeline.sources import Item, on_levels
+from pipeline.sources import Item, on_levels, open_source
+from pipeline.sources.decode import OddImage
 from pipeline.stages import main
 from pipeline.stages.shard import shard
 from pipeline.storage import FileStore, S3Store, Store
@@ -490,6 +492,136 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch):
     assert written[0] == written[1] == written[2]
     assert [len(set(Puts(tmp_path / count / "store").puts())) for count in "123"] == [17] * 3
     assert not list((tmp_path / "2" / "runs").rglob("*.json"))  # done: nothing is kept
+
+
+# files that are no images
+
+
+REASONS = {
+    ".heic is not read": 1,
+    "another size": 1,
+    "damaged": 1,
+    "incomplete": 1,
+    "no image, or damaged": 1,
+}
+
+
+def odd_folder(folder: Path) -> DataConfig:
+    """60 images, and five files that are odd in five ways."""
+    folder.mkdir()
+    for seed in range(60):
+        pixels = np.random.RandomState(seed).randint(0, 256, (8, 8, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed:03}.png")
+    whole = (folder / "000.png").read_bytes()
+    (folder / "010-cut.png").write_bytes(whole[:-40])
+    (folder / "020-text.png").write_bytes(b"text")
+    (folder / "030-phone.heic").write_bytes(b"")
+    Image.new("RGB", (9, 8)).save(folder / "040-wide.png")
+    noise = Image.fromarray(np.random.RandomState(99).randint(0, 256, (8, 8, 3)).astype(np.uint8))
+    noise.save(folder / "050-short.jpg", progressive=True, quality=100)
+    jpeg = (folder / "050-short.jpg").read_bytes()
+    scan = jpeg.rindex(b"\xff\xda")
+    (folder / "050-short.jpg").write_bytes(jpeg[: (scan + len(jpeg)) // 2] + b"\xff\xd9")
+    return DataConfig(source="folder", path=str(folder), image_size=8, shard_images=7,
+                      validation=0.2, test=0.2)  # fmt: skip
+
+
+def write_folder(where: Path, data: DataConfig, monkeypatch, count: str = "1") -> Manifest:
+    monkeypatch.setenv("VDVAE_SHARD_WORKERS", count)
+    with open_workers() as workers:
+        return write_shards("r", data, open_source("r", data), FileStore(where / "store"),
+                            where / "r.json", workers=workers, runs=where / "runs")  # fmt: skip
+
+
+def test_odd_files_are_named_together_and_may_be_left_out(tmp_path, monkeypatch):
+    data = odd_folder(tmp_path / "images")
+    skip = dataclasses.replace(data, unreadable="skip")
+    named = ["010-cut.png", "020-text.png", "030-phone.heic", "040-wide.png", "050-short.jpg"]
+    for count in ("1", "2"):
+        where = tmp_path / count
+        with pytest.raises(UserError) as caught:
+            write_folder(where, data, monkeypatch, count)
+        *sentences, remedy = caught.value.sentences
+        path = where / "runs" / "shards" / "r-unreadable.txt"
+        assert remedy.startswith(f"all 5 are in {path}; mend them or take them out, or leave them")
+        assert remedy.endswith("params.yaml: recipes.r.data.unreadable: skip")
+        assert path.read_text().splitlines() == sentences
+        assert [Path(sentence.partition(": ")[0]).name for sentence in sentences] == named
+        assert not (where / "r.json").exists()
+        manifest = write_folder(where, skip, monkeypatch, count)
+        assert manifest.source.notes == {"left out": REASONS}
+        assert manifest.left_out.startswith("5 (.heic is not read 1, another size 1, ")
+        assert len(path.read_text().splitlines()) == 5
+    manifests = [(tmp_path / count / "r.json").read_bytes() for count in "12"]
+    assert manifests[0] == manifests[1]
+    for name in named:
+        (tmp_path / "images" / name).unlink()
+    alone = write_folder(tmp_path / "2", data, monkeypatch)
+    assert alone.splits == manifest.splits and alone.source.notes == {}
+    assert not path.exists()  # nothing is wrong any more
+
+
+class Holed(Made):
+    """Some images are found to be odd only where shards are made."""
+
+    def load(self, places, converted):
+        places = list(places)
+        for place, image in zip(places, super().load(places, converted), strict=True):
+            odd = place % 4 == 1 or place < 12
+            yield OddImage(f"made-{place}: is odd", "odd") if odd else image
+
+
+def test_odd_images_leave_smaller_shards_and_empty_ones_away(tmp_path, monkeypatch):
+    data = config(unreadable="skip", shard_images=4)
+    manifests = []
+    for count in ("1", "3"):
+        monkeypatch.setenv("VDVAE_SHARD_WORKERS", count)
+        with open_workers() as workers:
+            manifests.append(
+                write_shards("r", data, Holed(data, LONG), FileStore(tmp_path / "store"),
+                             tmp_path / f"{count}.json", workers=workers)
+            )  # fmt: skip
+    assert manifests[0] == manifests[1] == Manifest.load(tmp_path / "3.json")
+    images = sum(split.images for split in manifests[0].splits.values())
+    left_out = sum(place % 4 == 1 or place < 12 for place in range(60))
+    assert images == 60 - left_out
+    assert manifests[0].left_out == f"{left_out} (odd {left_out})"
+    reader = ShardReader(manifests[0], FileStore(tmp_path / "store"), "train")
+    assert sum(len(keys) for keys, _ in reader.scan(8)) == manifests[0].splits["train"].images
+    with pytest.raises(UserError, match=f"made-0: is odd; .*and {left_out - 20} more; mend them"):
+        write_shards(
+            "r", config(), Holed(config(), LONG), FileStore(tmp_path / "s"), tmp_path / "r"
+        )
+    all_of_one = {"train": 41, "validation": 1, "test": 10}
+    with pytest.raises(
+        UserError, match=r"too few images for three splits \(train \d+, validation 0"
+    ):
+        write_shards("r", data, Holed(data, all_of_one), FileStore(tmp_path / "s"), tmp_path / "r")
+
+
+def test_the_stage_names_odd_files_one_a_line_and_counts_what_it_left_out(
+    tmp_path, monkeypatch, capsys
+):
+    odd_folder(tmp_path / "images")
+    params = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
+    recipe = params["recipes"]["digits"]
+    recipe["data"] |= {"source": "folder", "path": "images", "validation": 0.2, "test": 0.2}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["shard", "digits"])
+    for name in ("VDVAE_STORE", "VDVAE_RUNS"):
+        monkeypatch.delenv(name, raising=False)
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(SystemExit) as exit:
+        main(shard)
+    assert exit.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 6 and all(line.startswith("error: ") for line in lines)
+    assert lines[-1].startswith(f"error: all 5 are in {tmp_path}/runs/shards/digits-unreadable.txt")
+    recipe["data"]["unreadable"] = "skip"
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    main(shard)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "  left out 5 (.heic is not read 1, another size 1, damaged 1, incomplete 1, " in last
 
 
 def descendants(pid: int) -> list[int]:

@@ -3,7 +3,7 @@
 from pipeline.shards.cache import BlockCache
 from pipeline.shards.manifest import SHARD_BYTES, SPLITS, Manifest, Shard, SourceFacts, Split
 from pipeline.shards.reader import WINDOW_BYTES, ShardReader
-from pipeline.shards.writer import STATES, write_shards
+from pipeline.shards.writer import STATES, odd_list_of, refuse_or_skip, write_shards
 
 __all__ = [
     "SHARD_BYTES",
@@ -16,5 +16,7 @@ __all__ = [
     "ShardReader",
     "SourceFacts",
     "Split",
+    "odd_list_of",
+    "refuse_or_skip",
     "write_shards",
 ]

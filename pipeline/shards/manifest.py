@@ -24,6 +24,7 @@ KEY = r"[a-z0-9_-]{1,90}"  # WebDataset splits a name at its first dot; a tar ho
 SHARD_BYTES = 64 * 2**20  # most pixels in a shard, which the writer and the reader hold in memory
 _IMAGE_BYTES = 4096  # most that an image takes in a tar beside twice its pixels
 _END_BYTES = 20 * 512  # of a tar
+LEFT_OUT = "left out"  # the note that counts files which are no images, by reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,15 @@ class Manifest:
         """sha256 of the manifest's canonical JSON: two with the same are the same data."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def left_out(self) -> str:
+        """How many files were no images, and why: `3 (damaged 1, is animated 2)`; or empty."""
+        counts = self.source.notes.get(LEFT_OUT)
+        if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
+            return ""
+        why = ", ".join(f"{reason} {count:,}" for reason, count in counts.items())
+        return f"{sum(counts.values()):,} ({why})"
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as it is written."""

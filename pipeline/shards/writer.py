@@ -8,17 +8,19 @@ Shapes: H W pixels, C channels.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,7 @@ from pipeline.shards.duplicates import HASH_BYTES, find_duplicates
 from pipeline.shards.jobs import Workers, read_record
 from pipeline.shards.manifest import (
     KEY,
+    LEFT_OUT,
     SHARD_BYTES,
     SPLITS,
     Manifest,
@@ -42,9 +45,10 @@ from pipeline.shards.manifest import (
     shard_name,
 )
 from pipeline.sources import Item, Source, on_levels
+from pipeline.sources.decode import OddImage, OddImages
 from pipeline.storage import Store
 from vdvae.config import UserError
-from vdvae.files import atomic_write_json, sha256_of
+from vdvae.files import atomic_write, atomic_write_json, sha256_of
 
 STATES = "shards"  # in VDVAE_RUNS: what sharding that was interrupted goes on from
 _HERE = Path(__file__).parent
@@ -76,6 +80,10 @@ def write_shards(
     run that was stopped leaves whole shards and a record of each in `runs`; the next one goes on
     after them.
 
+    Files that are no images to learn from are looked for to the end. They are named in
+    `runs`/shards/<recipe>-unreadable.txt, and then either refused all together or left out and
+    counted by reason, as `data.unreadable` says; who makes the shards does not know of that.
+
     Args:
         on_progress: called with the number of images so far, after each shard.
         workers: where the shards are made; by default in this process.
@@ -83,11 +91,16 @@ def write_shards(
         before_manifest: called when all shards are in the store.
 
     Raises:
-        UserError: for bad raw data, a split without images, or a store that cannot be written.
+        OddImages: for files that are no images to learn from.
+        UserError: for other bad raw data, a split without images, or a store that cannot be
+            written.
     """
     check_name(recipe)
     with _state(recipe, data, store, runs) as state:
-        manifest = _write(recipe, data, source, store, workers or Workers(), state, on_progress)
+        odd_list = runs and odd_list_of(runs, recipe)
+        manifest = _write(
+            recipe, data, source, store, workers or Workers(), state, odd_list, on_progress
+        )
         try:
             before_manifest(manifest)
         except UserError:
@@ -109,7 +122,8 @@ def _state(recipe: str, data: DataConfig, store: Store, runs: Path | None) -> It
         return
     facts = {
         "recipe": recipe,
-        "data": data.to_dict(),
+        # What to do about files that are no images is decided when all is known.
+        "data": {key: value for key, value in data.to_dict().items() if key != "unreadable"},
         "store": store.root,
         "encoder": encoder(),
         "code": [sha256_of(_HERE / "writer.py")]
@@ -120,6 +134,44 @@ def _state(recipe: str, data: DataConfig, store: Store, runs: Path | None) -> It
     with alone(state.with_suffix(".lock"), math.inf, doing=f"sharding {recipe}"):
         state.mkdir(exist_ok=True)
         yield state
+
+
+def odd_list_of(runs: Path, recipe: str) -> Path:
+    """Where the files of a recipe's data that are no images are named, a line each."""
+    return runs / STATES / f"{recipe}-unreadable.txt"
+
+
+def refuse_or_skip(
+    recipe: str, policy: str, odd: Sequence[OddImage], odd_list: Path | None, skip: str = ""
+) -> dict[str, int]:
+    """Writes down files that are no images, if any; how many are left out for which reason.
+
+    Args:
+        recipe: whose data they are among.
+        policy: `refuse` or `skip`.
+        odd: all of them.
+        odd_list: gets a line for each.
+        skip: how a person asks for that policy, where the recipe does not stand in params.yaml.
+
+    Raises:
+        OddImages: for the policy `refuse`.
+    """
+    if not odd:
+        if odd_list:
+            odd_list.unlink(missing_ok=True)  # what another run found
+        return {}
+    sentences = sorted(map(str, odd))
+    where = ""
+    if odd_list:
+        atomic_write(odd_list, "".join(f"{sentence}\n" for sentence in sentences))
+        where = f"all {len(odd)} are in {odd_list}; "
+    if policy == "refuse":
+        raise OddImages(
+            sentences,
+            f"{where}mend them or take them out, or leave them out by "
+            + (skip or f"params.yaml: recipes.{recipe}.data.unreadable: skip"),
+        )
+    return dict(sorted(Counter(one.reason for one in odd).items()))
 
 
 def encoder() -> list[str]:
@@ -143,6 +195,7 @@ def _write(
     store: Store,
     workers: Workers,
     state: Path,
+    odd_list: Path | None,
     on_progress: Callable[[int], None],
 ) -> Manifest:
     shape = (data.image_size, data.image_size, data.channels)
@@ -151,7 +204,20 @@ def _write(
     def run(function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
         return (result for result, _ in workers.run(function, jobs, state))
 
-    jobs = _jobs(recipe, source.items(run), most)
+    odd: list[OddImage] = []
+
+    def images() -> Iterator[Item]:
+        refused = False  # then no more shards are begun, and all other files are still looked at
+        for item in source.items(run):
+            if isinstance(item, OddImage):
+                odd.append(item)
+                refused = data.unreadable == "refuse"
+            elif not refused:
+                yield item
+        if refused:
+            refuse_or_skip(recipe, data.unreadable, odd, odd_list)
+
+    jobs = _jobs(recipe, images(), most)
     make = functools.partial(_make_shard, recipe, data, source, store, encoder())
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
     records: dict[str, list[Path]] = {split: [] for split in SPLITS}
@@ -162,7 +228,7 @@ def _write(
     done = 0
 
     def still_holds(made: dict[str, Any]) -> bool:
-        return store.size(made["key"]) == made["bytes"]
+        return not made["images"] or store.size(made["key"]) == made["bytes"]
 
     for made, record in workers.run(make, jobs, state, still_holds):
         if workers.elsewhere and not still_holds(made):
@@ -171,6 +237,9 @@ def _write(
                 f"store is another one; set VDVAE_STORE to a folder that all machines share, or to "
                 f"s3://bucket/prefix"
             )
+        odd += (OddImage(*one) for one in made["odd"])
+        if not made["images"]:
+            continue
         split = made["split"]
         shard = Shard(
             name=shard_name(recipe, split, len(shards[split])),
@@ -187,9 +256,12 @@ def _write(
         converted += Counter(made["converted"])
         done += shard.images
         on_progress(done)
+    left_out = refuse_or_skip(recipe, data.unreadable, odd, odd_list)
+    _check_splits(recipe, {split: len(found) for split, found in shards.items()})
     mean, std = mean_std(histogram)
     notes = {
         **source.notes,
+        **({LEFT_OUT: left_out} if left_out else {}),
         **({"converted": dict(sorted(converted.items()))} if converted else {}),
     }
     splits = {
@@ -197,8 +269,14 @@ def _write(
         for split, found in shards.items()
     }
 
+    ends = {
+        split: [*itertools.accumulate(shard.images for shard in found)]
+        for split, found in shards.items()
+    }
+
     def key(split: str, row: int) -> str:
-        number, row = divmod(row, most)
+        number = bisect.bisect_right(ends[split], row)
+        row -= ends[split][number] - shards[split][number].images
         return read_record(records[split][number])["keys"][row]
 
     return Manifest(
@@ -233,20 +311,27 @@ def _jobs(recipe: str, items: Iterable[Item], most: int) -> Iterator[Job]:
             waiting[item.split] = []
         waiting[item.split].append(item)
         counts[item.split] += 1
-    if len(counts) < len(SPLITS):
-        found = ", ".join(f"{split} {counts[split]}" for split in SPLITS)
+    _check_splits(recipe, counts)
+    for split, rest in waiting.items():
+        yield Job(split, (counts[split] - 1) // most, tuple(rest))
+
+
+def _check_splits(recipe: str, counts: Mapping[str, int]) -> None:
+    if not all(counts.get(split) for split in SPLITS):
+        found = ", ".join(f"{split} {counts.get(split, 0)}" for split in SPLITS)
         raise UserError(
             f"params.yaml: recipes.{recipe}.data: too few images for three splits ({found}); add "
             f"images, or change validation, test or split_seed"
         )
-    for split, rest in waiting.items():
-        yield Job(split, (counts[split] - 1) // most, tuple(rest))
 
 
 def _make_shard(
     recipe: str, data: DataConfig, source: Source, store: Store, encoder_there: list[str], job: Job
 ) -> dict[str, Any]:
-    """Loads, encodes and stores one shard; what the manifest needs to know of it."""
+    """Loads, encodes and stores one shard; what the manifest needs to know of it.
+
+    It has fewer images than items where some are none.
+    """
     import webdataset
 
     if encoder() != encoder_there:
@@ -258,10 +343,16 @@ def _make_shard(
     converted: Counter[str] = Counter()
     histogram = np.zeros(256, np.int64)
     raw_hashes, hashes = bytearray(), bytearray()
+    keys: list[str] = []
+    odd: list[tuple[str, str]] = []
     tar = io.BytesIO()
     with webdataset.TarWriter(tar, encoder=False, mtime=0, user="vdvae", group="vdvae") as out:
         images = source.load((item.at for item in job.items), converted)
         for item, raw_HWC in zip(job.items, images, strict=True):
+            if isinstance(raw_HWC, OddImage):
+                odd.append((str(raw_HWC), raw_HWC.reason))
+                continue
+            keys.append(item.key)
             assert raw_HWC.shape == shape and raw_HWC.dtype == np.uint8, (item.key, raw_HWC.shape)
             image_HWC = on_levels(raw_HWC, data.num_levels)
             raw_hashes += _hash(raw_HWC)
@@ -271,14 +362,16 @@ def _make_shard(
     content = tar.getvalue()
     sha256 = hashlib.sha256(content).hexdigest()
     key = shard_key(recipe, sha256)
-    store.put(key, content)
+    if keys:
+        store.put(key, content)
     return {
         "split": job.split,
         "key": key,
         "bytes": len(content),
         "sha256": sha256,
-        "images": len(job.items),
-        "keys": [item.key for item in job.items],
+        "images": len(keys),
+        "keys": keys,
+        "odd": odd,
         "raw_hashes": raw_hashes.hex(),
         "hashes": hashes.hex(),
         "histogram": histogram.tolist(),

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.params import DataConfig
+from pipeline.sources.decode import OddImage
 from pipeline.sources.raw import setting
 from vdvae.config import UserError, levels_to_uint8, uint8_to_levels
 
@@ -36,15 +37,23 @@ class Source(Protocol):
     terms: str  # on which terms the images may be used
     notes: dict[str, Any]  # what was skipped or unusual; whole after the last item
 
-    def items(self, run: Run) -> Iterator[Item]:
-        """Every image once. Raises UserError where the raw data are not what they should be."""
-        ...
-
-    def load(self, places: Iterable[Any], converted: Counter[str]) -> Iterator[NDArray[np.uint8]]:
-        """The images H W C at places that items named; what was done to them is counted.
+    def items(self, run: Run) -> Iterator[Item | OddImage]:
+        """Every image once, or why it is none: odd files end nothing here.
 
         Raises:
-            UserError: naming the first image that is not as it should be.
+            UserError: the raw data as a whole are not what they should be.
+        """
+        ...
+
+    def load(
+        self, places: Iterable[Any], converted: Counter[str]
+    ) -> Iterator[NDArray[np.uint8] | OddImage]:
+        """For each place that an item named its image H W C, or why there is none.
+
+        What was done to the images is counted.
+
+        Raises:
+            UserError: the raw data cannot be had.
         """
         ...
 
@@ -71,6 +80,23 @@ def open_source(recipe: str, data: DataConfig) -> Source:
         "folder": Folder,
     }
     return kinds[data.source](recipe, data)
+
+
+def images_or_why_not(
+    image_at: Callable[[Any, Counter[str]], NDArray[np.uint8]],
+    places: Iterable[Any],
+    converted: Counter[str],
+) -> Iterator[NDArray[np.uint8] | OddImage]:
+    """`Source.load` from a function that loads one image: only of images conversions count."""
+    for place in places:
+        counts: Counter[str] = Counter()
+        try:
+            image = image_at(place, counts)
+        except OddImage as odd:
+            yield odd
+        else:
+            converted.update(counts)
+            yield image
 
 
 def require(recipe: str, data: DataConfig, **suitable: tuple[object, ...]) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import re
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -11,10 +15,39 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vdvae.config import UserError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _EXIF_ORIENTATION = 0x0112
 _SIXTEEN_BITS = ("I;16", "I;16B", "I")  # grey; colour comes from Pillow with 8
 _EIGHT_BITS = ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+_MOST_TOLD = 20  # odd files that are named one by one
+_MOST_SCANS = 100  # of a JPEG: each costs as much as the whole image
+# What ends a JPEG's scan: any marker but a restart; 00 after FF stands for FF itself.
+_END_OF_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_HUFFMAN = {0xC0, 0xC1, 0xC2}  # frames whose scans a decoder could not read beyond their end
+_GARBAGE = hashlib.sha512(b"any bytes").digest().replace(b"\xff", b"\0")
+
+
+class OddImage(UserError):
+    """A file that is no image to learn from: a sentence, and for counts its reason in a few words.
+
+    A machine that cannot give a file is another matter: it may give it the next time.
+    """
+
+    def __init__(self, sentence: str, reason: str) -> None:
+        super().__init__(sentence)
+        self.reason = reason
+
+
+class OddImages(UserError):
+    """Several of them: the first 20 are named one by one."""
+
+    def __init__(self, sentences: Sequence[str], remedy: str = "") -> None:
+        left = len(sentences) - _MOST_TOLD
+        last = [f"and {left} more"] if left > 0 else []
+        if remedy:
+            last = ["; ".join([*last, remedy])]
+        self.sentences = [*sentences[:_MOST_TOLD], *last]
+        super().__init__("; ".join(self.sentences))
 
 
 def decode(
@@ -31,36 +64,40 @@ def decode(
     is counted in `converted`.
 
     Raises:
-        UserError: for anything but a whole, still image of one of `formats`, or one with more
+        OddImage: for anything but a whole, still image of one of `formats`, or one with more
             pixels than Image.MAX_IMAGE_PIXELS.
     """
     counts: Counter[str] = Counter() if converted is None else converted
-    header = file.read(25)
-    file.seek(0)
-    deep = header.startswith(b"\x89PNG") and header[24:] == b"\x10"
+    content = file.read()
+    deep = content.startswith(b"\x89PNG") and content[24:25] == b"\x10"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture: Image.Image = Image.open(file, formats=formats)
+            warnings.simplefilter("ignore")  # of odd tags, and of bombs, which are refused below
+            picture: Image.Image = Image.open(io.BytesIO(content), formats=formats)
             # Not by the warning: where threads decode, one may switch it off under another.
             if picture.width * picture.height > (Image.MAX_IMAGE_PIXELS or 0):
                 raise Image.DecompressionBombError
             picture.verify()  # a PNG's checksums; decoding ignores them
-            file.seek(0)
-            picture = Image.open(file, formats=formats)
+            picture = Image.open(io.BytesIO(content), formats=formats)
             # A JPEG with previews inside opens as MPO; its first image is the picture.
-            if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
-                raise UserError(f"{name}: is animated; take one image out of it")
+            if picture.format != "MPO" and getattr(picture, "is_animated", False):
+                what = "has several pages" if picture.format == "TIFF" else "is animated"
+                raise OddImage(f"{name}: {what}; take one image out of it", what)
             mode = picture.mode
             if mode not in (*_EIGHT_BITS, *(_SIXTEEN_BITS if deep else ())):
-                raise UserError(f"{name}: has pixels of mode {mode}; convert it to 8 bits")
-            if picture.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+                raise OddImage(
+                    f"{name}: has pixels of mode {mode}; convert it to 8 bits", f"mode {mode}"
+                )
+            turned = picture.format == "TIFF" and _is_turned(picture)  # Pillow turns it as it loads
+            picture = _whole(picture, content, name, formats)
+            if turned or _is_turned(picture):
                 counts["turned upright"] += 1
             picture = ImageOps.exif_transpose(picture)
             if deep:
                 if "transparency" in picture.info:  # Pillow compares its 16 bits with 8
-                    raise UserError(
-                        f"{name}: has 16 bits a channel and a transparent colour; convert it to 8"
+                    raise OddImage(
+                        f"{name}: has 16 bits a channel and a transparent colour; convert it to 8",
+                        "16 bits and a transparent colour",
                     )
                 counts["16 bits to 8"] += 1
                 if mode in _SIXTEEN_BITS:
@@ -78,19 +115,114 @@ def decode(
             if mode not in ("1", "L"):
                 picture = picture.convert("RGB")  # palettes and CMYK go to grey by way of colour
             return picture.convert(wanted)
-    except UserError:
+    except (OddImage, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise UserError(
-            f"{name}: is no image in {', '.join(formats)}, or is damaged; convert it or take it out"
+        raise OddImage(
+            f"{name}: is no image in {', '.join(formats)}, or is damaged; convert it or take it "
+            f"out",
+            "no image, or damaged",
         ) from None
     except Image.DecompressionBombError:
         limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        raise UserError(
+        raise OddImage(
             f"{name}: has more than {limit:.0f} million pixels, a decompression bomb or too large "
-            f"to be of use; shrink it or take it out"
+            f"to be of use; shrink it or take it out",
+            "too large",
         ) from None
     except Exception as error:  # decoders raise all sorts of things at damaged files
-        raise UserError(
-            f"{name}: cannot be decoded ({error}); replace it or take it out"
+        reason = " ".join(str(error).split())[:200]
+        raise OddImage(
+            f"{name}: cannot be decoded ({reason}); replace it or take it out", "damaged"
         ) from error
+
+
+def _is_turned(picture: Image.Image) -> bool:
+    return bool(picture.getexif().get(_EXIF_ORIENTATION, 1) != 1)
+
+
+def _whole(
+    picture: Image.Image, content: bytes, name: str, formats: tuple[str, ...]
+) -> Image.Image:
+    """The picture, decoded. Pillow completes some files in silence: those are refused.
+
+    Rows that are missing keep what was in memory before, so this is chosen; where it shows in a
+    corner, the file is decoded again onto something else. A JPEG's decoder writes grey where a scan
+    has ended too soon; there, as in files of several scans, what follows a scan is changed, which a
+    decoder that has all it needs does not read.
+
+    Raises:
+        OddImage: it is not whole.
+    """
+    if picture.format in ("JPEG", "MPO"):
+        changed = _beyond_scans(content, name)
+        picture.load()
+        if changed is None or not (changed[0] > 1 or _is_grey(picture)):
+            return picture
+        again = changed[1]
+    elif picture.format == "WEBP":
+        picture.load()
+        return picture  # its decoder refuses what is cut
+    else:
+        bands = len(picture.getbands())
+        mark = 0xA5 if bands == 1 else (0xA5,) * bands
+        size = getattr(picture, "_tile_size", picture.size)  # of a TIFF before it is turned
+        picture.im = Image.new(picture.mode, size, mark).im
+        picture.load()
+        if not _has_in_a_corner(picture, 255 if picture.mode == "1" else mark):
+            return picture
+        again = content
+    other = Image.open(io.BytesIO(again), formats=formats)
+    if picture.tobytes() != other.tobytes():
+        raise OddImage(
+            f"{name}: ends before its last pixel; replace it or take it out", "incomplete"
+        )
+    return picture
+
+
+def _has_in_a_corner(picture: Image.Image, mark: int | tuple[int, ...]) -> bool:
+    # Two pixels each way: rows and columns of interlaced images alternate.
+    ends = [{0, min(1, size - 1), max(0, size - 2), size - 1} for size in picture.size]
+    return any(picture.getpixel((x, y)) == mark for x in ends[0] for y in ends[1])
+
+
+def _is_grey(picture: Image.Image) -> bool:
+    """Whether the last pixel has the value that stands for none."""
+    last = picture.crop((picture.width - 1, picture.height - 1, picture.width, picture.height))
+    if picture.mode == "RGB":
+        last = last.convert("L")  # brightness is what the last block alone decides
+    return all(abs(value - 128) <= 2 for value in last.tobytes())
+
+
+def _beyond_scans(content: bytes, name: str) -> tuple[int, bytes] | None:
+    """How many scans a JPEG has, and its bytes with garbage behind each.
+
+    None where that could change a whole image: in arithmetic coding, zeros at the end may be left
+    out.
+
+    Raises:
+        OddImage: there are so many that it was made to keep a decoder busy.
+    """
+    parts, done, at, huffman = [], 0, 2, False
+    while 0 <= (at := content.find(b"\xff", at)) < len(content) - 3:
+        marker = content[at + 1]
+        if marker == 0xD9:
+            break
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # without a length
+            at += 1
+            continue
+        huffman = huffman or marker in _HUFFMAN
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+        if marker == 0xDA:
+            end = _END_OF_SCAN.search(content, at)
+            at = end.start() if end else len(content)
+            parts.append(content[done:at])
+            done = at
+    if len(parts) > _MOST_SCANS:
+        raise OddImage(
+            f"{name}: has {len(parts)} scans, more than {_MOST_SCANS}; save it anew or take it out",
+            "too many scans",
+        )
+    if not huffman:
+        return None
+    return len(parts), _GARBAGE.join([*parts, content[done:]])

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.params import DataConfig
-from pipeline.sources import Item, Run, require, whole_number
-from pipeline.sources.decode import decode
+from pipeline.sources import Item, Run, images_or_why_not, require, whole_number
+from pipeline.sources.decode import OddImage, decode
 from pipeline.sources.raw import File, Files, npy_header, raw_file, raw_files
 from pipeline.storage import shown
 from vdvae.config import UserError
@@ -61,9 +61,11 @@ class Ffhq:
         for index, (split, place) in enumerate(zip(self._splits(), places, strict=True)):
             yield Item(f"ffhq-{index:05d}", split, place)
 
-    def load(self, places: Iterable[Any], converted: Counter[str]) -> Iterator[NDArray[np.uint8]]:
+    def load(
+        self, places: Iterable[Any], converted: Counter[str]
+    ) -> Iterator[NDArray[np.uint8] | OddImage]:
         if self.array is None:
-            yield from (self._read_png(file, converted) for file in places)
+            yield from images_or_why_not(self._read_png, places, converted)
             return
         bytes_each = self.size**2 * 3
         with self.files.open(self.array.name) as array:
@@ -136,8 +138,9 @@ class Ffhq:
         with self.files.image(file.name) as png:
             picture = decode(png, name, 3, converted, ("PNG",))
         if picture.size != (1024, 1024):
-            raise UserError(
-                f"{name}: is {picture.width}x{picture.height}, not 1024x1024; get it anew"
+            raise OddImage(
+                f"{name}: is {picture.width}x{picture.height}, not 1024x1024; get it anew",
+                "another size",
             )
         if self.size != 1024:
             picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR)

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipeline.params import DataConfig
-from pipeline.sources import Item, Run, on_levels
-from pipeline.sources.decode import FORMATS, decode
+from pipeline.sources import Item, Run, images_or_why_not, on_levels
+from pipeline.sources.decode import FORMATS, OddImage, decode
 from pipeline.sources.raw import File, raw_files, setting, suffix_of
 from pipeline.storage import shown
 from vdvae.config import UserError
 
-READ = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+READ = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Images all the same, so that leaving them out in silence would be wrong.
-NOT_READ = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd", ".dng")
+NOT_READ = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd", ".dng")
 _CHUNK = 256  # images whose splits are found at once
 
 
@@ -46,10 +46,11 @@ class Folder:
         self.data = data
         self.notes: dict[str, Any] = {}
 
-    def items(self, run: Run) -> Iterator[Item]:
+    def items(self, run: Run) -> Iterator[Item | OddImage]:
         skipped: Counter[str] = Counter()
-        listed = self._listed(skipped)
-        if not listed:
+        listed, odd = self.listed(skipped)
+        yield from odd
+        if not listed and not odd:
             raise UserError(
                 f"{shown(self.files.root)}: has no images ({', '.join(READ)}), only "
                 f"{sum(skipped.values())} other files or links; put images there, or set "
@@ -60,41 +61,57 @@ class Folder:
 
         def chunks() -> Iterator[list[File]]:
             for start in range(0, len(listed), _CHUNK):
-                yield [_file(entry) for entry in listed[start : start + _CHUNK]]
+                yield [file_of(entry) for entry in listed[start : start + _CHUNK]]
 
         # Each image is decoded twice, here for its split: so shards can be written in parallel.
         for files, splits in zip(chunks(), run(self._splits, chunks()), strict=True):
             for file, split in zip(files, splits, strict=True):
-                yield Item(_key(file.name), split, file)
+                if isinstance(split, str):
+                    yield Item(_key(file.name), split, file)
+                else:
+                    yield OddImage(*split)
 
-    def load(self, places: Iterable[File], converted: Counter[str]) -> Iterator[NDArray[np.uint8]]:
-        for name, _ in places:
-            with self.files.image(name) as file:
-                picture = decode(file, self._shown(name), self.data.channels, converted)
-            image = np.asarray(self._sized(picture, name, converted))
-            yield on_levels(
-                image.reshape(*image.shape[:2], self.data.channels), self.data.num_levels
-            )
+    def load(
+        self, places: Iterable[File], converted: Counter[str]
+    ) -> Iterator[NDArray[np.uint8] | OddImage]:
+        return images_or_why_not(self._image, places, converted)
 
-    def _splits(self, files: list[File]) -> list[str]:
-        return [self._split(image_HWC) for image_HWC in self.load(files, Counter())]
+    def listed(self, skipped: Counter[str]) -> tuple[list[bytes], list[OddImage]]:
+        """Files that may be images by name, as `file_of` reads them, and those that are not read.
 
-    def _listed(self, skipped: Counter[str]) -> list[bytes]:
-        # In order of the names, as one object each: there may be millions.
+        In order of the names, as one object each: there may be millions.
+        """
         found: list[bytes] = []
+        odd = []
         for file in self.files.list(skipped):
             suffix = suffix_of(file.name)
             if suffix in NOT_READ:
-                raise UserError(
-                    f"{self._shown(file.name)}: {suffix} images are not read; convert it to one of "
-                    f"{', '.join(FORMATS)}, or take it out"
+                odd.append(
+                    OddImage(
+                        f"{self._shown(file.name)}: {suffix} images are not read; convert it to "
+                        f"one of {', '.join(FORMATS)}, or take it out",
+                        f"{suffix} is not read",
+                    )
                 )
-            if suffix in READ:
+            elif suffix in READ:
                 found.append(_bytes(file.name) + b"\0" + file.stamp.encode())
             else:
                 skipped[suffix] += 1
         found.sort()
-        return found
+        return found, odd
+
+    def _image(self, file: File, converted: Counter[str]) -> NDArray[np.uint8]:
+        with self.files.image(file.name) as content:
+            picture = decode(content, self._shown(file.name), self.data.channels, converted)
+        image = np.asarray(self._sized(picture, file.name, converted))
+        return on_levels(image.reshape(*image.shape[:2], self.data.channels), self.data.num_levels)
+
+    def _splits(self, files: list[File]) -> list[str | tuple[str, str]]:
+        """The split of each, or an odd file's sentence and reason."""
+        return [
+            (str(found), found.reason) if isinstance(found, OddImage) else self._split(found)
+            for found in self.load(files, Counter())
+        ]
 
     def _shown(self, name: str) -> str:
         return shown(f"{self.files.root}/{name}")
@@ -104,9 +121,10 @@ class Folder:
         if picture.size == (size, size):
             return picture
         if not self.data.resize:
-            raise UserError(
+            raise OddImage(
                 f"{self._shown(name)}: is {picture.width}x{picture.height}, not "
-                f"{size}x{size}; set {setting(self.recipe, 'resize')} to crop or stretch"
+                f"{size}x{size}; set {setting(self.recipe, 'resize')} to crop or stretch",
+                "another size",
             )
         if min(picture.size) < size:
             converted["enlarged"] += 1
@@ -122,7 +140,8 @@ class Folder:
         return "validation" if number < self.data.test + self.data.validation else "train"
 
 
-def _file(entry: bytes) -> File:
+def file_of(entry: bytes) -> File:
+    """One of the files that were listed."""
     name, _, stamp = entry.partition(b"\0")
     return File(name.decode("utf-8", "surrogateescape"), stamp.decode())
 

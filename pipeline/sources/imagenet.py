@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 from array import array
@@ -13,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.params import DataConfig
-from pipeline.sources import Item, Run, require, whole_number
-from pipeline.sources.decode import decode
+from pipeline.sources import Item, Run, images_or_why_not, require, whole_number
+from pipeline.sources.decode import OddImage, decode
 from pipeline.sources.raw import File, raw_files, setting, suffix_of
 from pipeline.sources.tars import members
 from pipeline.storage import shown
@@ -104,22 +105,25 @@ class ImageNet:
 
     def load(
         self, places: Iterable[_Place], converted: Counter[str]
-    ) -> Iterator[NDArray[np.uint8]]:
-        size = self.data.image_size
+    ) -> Iterator[NDArray[np.uint8] | OddImage]:
         for tar, of_tar in itertools.groupby(places, lambda place: place.tar):
             with self.files.open(tar.name) as file:
-                for place in of_tar:
-                    file.seek(place.offset)
-                    name = f"{self._shown(tar)}: {place.name!a}"
-                    picture = decode(
-                        io.BytesIO(file.read(place.size)), name, 3, converted, ("PNG",)
-                    )
-                    if picture.size != (size, size):
-                        raise UserError(
-                            f"{name}: is {picture.width}x{picture.height}, not {size}x{size}; get "
-                            f"the tar anew"
-                        )
-                    yield np.asarray(picture)
+                image_at = functools.partial(self._image, file)
+                yield from images_or_why_not(image_at, of_tar, converted)
+
+    def _image(
+        self, file: io.BufferedReader, place: _Place, converted: Counter[str]
+    ) -> NDArray[np.uint8]:
+        size = self.data.image_size
+        name = f"{self._shown(place.tar)}: {place.name!a}"
+        file.seek(place.offset)
+        picture = decode(io.BytesIO(file.read(place.size)), name, 3, converted, ("PNG",))
+        if picture.size != (size, size):
+            raise OddImage(
+                f"{name}: is {picture.width}x{picture.height}, not {size}x{size}; get the tar anew",
+                "another size",
+            )
+        return np.asarray(picture)
 
     def _places(self, tar: File, skipped: Counter[str]) -> _Places:
         names, offsets, sizes = [], array("Q"), array("Q")

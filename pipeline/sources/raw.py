@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,7 @@ from typing import IO, Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 
 from pipeline.params import DataConfig
+from pipeline.sources.decode import OddImage
 from pipeline.storage import S3Folder, s3_address, shown, shown_url
 from vdvae.config import UserError
 from vdvae.files import path_of
@@ -50,7 +52,7 @@ class Files(Protocol):
         ...
 
     def image(self, name: str) -> BinaryIO:
-        """One of them that is read whole and is no larger than an image may be."""
+        """One of them that is read whole; OddImage where it is larger than an image may be."""
         ...
 
 
@@ -134,7 +136,36 @@ class _Directory:
                 f"then run the same command again"
             ) from None
 
-    image = open
+    def image(self, name: str) -> BinaryIO:
+        return read_image(Path(self._folder, name), shown(f"{self.root}/{name}"))
+
+
+def read_image(path: Path, name: str) -> BinaryIO:
+    """A regular file that is read whole; nothing else is waited for.
+
+    Raises:
+        OddImage: it is no regular file, or larger than an image may be.
+        UserError: the machine cannot give it.
+    """
+    try:
+        # Without waiting for a pipe's writer; on a regular file that changes nothing.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OddImage(f"{name}: is no regular file; take it out", "no regular file")
+            content = file.read(OBJECT_BYTES + 1)
+    except OSError as error:
+        raise UserError(
+            f"{name}: cannot be read ({error.strerror}); mend that, then run the same command again"
+        ) from None
+    if len(content) > OBJECT_BYTES:
+        raise _too_many_bytes(name)
+    return io.BytesIO(content)
+
+
+def _too_many_bytes(name: str) -> OddImage:
+    return OddImage(
+        f"{name}: has more than {OBJECT_BYTES:,} bytes; shrink it or take it out", "too large"
+    )
 
 
 class _Prefix:
@@ -163,7 +194,10 @@ class _Prefix:
         return self.objects.open(name)
 
     def image(self, name: str) -> BinaryIO:
-        return io.BytesIO(self.objects.read(name, OBJECT_BYTES))
+        content = self.objects.read(name, OBJECT_BYTES)
+        if content is None:
+            raise _too_many_bytes(shown(f"{self.root}/{name}"))
+        return io.BytesIO(content)
 
 
 def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:

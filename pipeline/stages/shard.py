@@ -57,6 +57,7 @@ def shard(recipe_name: str) -> None:
     print(
         "  ".join(f"{name} {split.images}" for name, split in manifest.splits.items())
         + f"  shards {len(shards)}  {sum(shard.bytes for shard in shards) / 2**20:.1f} MiB"
+        + (f"  left out {manifest.left_out}" if manifest.left_out else "")
         + f"  {time.monotonic() - began:.1f} s  {path}"
     )
 
