@@ -34,6 +34,8 @@ def model(**changes: Any) -> Any:
     images.shape_HWC, images.batch = (8, 8, 1), 256
 
     class Loaded:
+        python_model = images
+
         def predict(self, given: Any, params: dict[str, Any] | None = None) -> Any:
             return images.predict(None, given, params)
 
@@ -69,7 +71,6 @@ def served(app: Any, seconds: float = 60) -> Iterator[Served]:
         listener.bind(("127.0.0.1", 0))
         server = connections.server(app, seconds)
         began = threading.Event()
-        server.config.callback_notify = None
         startup = server.startup
 
         async def told(sockets: Any = None) -> None:
@@ -93,8 +94,8 @@ def application(seconds: float = 60, **changes: Any) -> Any:
     return serve.application(model(**changes), "tiny", silence=seconds)
 
 
-def get(path: str, close: bool = True) -> bytes:
-    return f"GET {path} HTTP/1.1\r\nHost: x\r\n{'Connection: close\r\n' * close}\r\n".encode()
+def get(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
 
 
 def post(value: Any, length: int | None = None) -> bytes:
