@@ -118,10 +118,10 @@ def rest(connection: socket.socket) -> bytes:
 
 
 def sentence(answer: bytes) -> str:
-    """The one of an answer that refuses."""
+    """The one of an answer that refuses, the first where there are more."""
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith((b"HTTP/1.1 4", b"HTTP/1.1 503")), answer[:500]
-    found = json.loads(body)
+    found, _ = json.JSONDecoder().raw_decode(body.decode())
     assert list(found) == ["error"] and 0 < len(found["error"]) < 400, answer[:500]
     assert "\n" not in found["error"], answer[:500]
     return found["error"]
