@@ -84,7 +84,6 @@ def server(app: Any, seconds: float) -> uvicorn.Server:
             app,
             http=Connection,
             ws="none",
-            lifespan="off",
             loop="asyncio",
             log_level="warning",
             backlog=_BACKLOG,

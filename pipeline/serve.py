@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 MOST_IMAGES = 256  # of a request, fewer where they are large
 _MOST_VALUES = 2**22  # pixels times channels of a request: 21 images of 256x256x3
 _BYTES_A_VALUE = 6  # of JSON: "255, " and some brackets
-_MOST_PASSES = 16  # of as many images; of fewer images more
+_MOST_PASSES = 4  # of as many images; of fewer images more
 _BODY_SECONDS = 30  # for a request to arrive
 _WAITING = 32  # requests that are computed or wait for it, and as many largest ones that arrive
 _MOST_DIGITS = 40  # of a number in an address

@@ -460,8 +460,8 @@ def test_an_address_is_not_understood_half(query, words):
         (b'{"inputs": [], "params": {"seed": 1, "seed": 2}}', 400, "has the key 'seed' twice"),
         (b'{"inputs": [], "params": false}', 400, "params: is not a JSON object"),
         (b'{"inputs": [], "params": {"mode": "sample", "n": null}}', 422, "n: is not of the type"),
-        ({"inputs": X * 256, "params": {"passes": 17}}, 422, "images times passes are 4096"),
-        ({"inputs": X, "params": {"passes": 4097}}, 422, "images times passes are 4096"),
+        ({"inputs": X * 256, "params": {"passes": 5}}, 422, "images times passes are 1024"),
+        ({"inputs": X, "params": {"passes": 1025}}, 422, "images times passes are 1024"),
         ({"inputs": X, "params": {"passes": 0}}, 422, "passes: 0 is out of bounds"),
     ],
 )

@@ -141,6 +141,9 @@ def test_every_request_is_answered_or_refused_in_a_sentence(make, monkeypatch):
 
     def ask(at: Served, number: int) -> str:
         request = make(random.Random(number))
+        if make is slow and number % 2:
+            at.asked(request).close()
+            return "left"
         try:
             return check(at.ask(request))
         except (AssertionError, ValueError, OSError) as error:
