@@ -8,6 +8,7 @@ Shapes: N images, B a batch of them, H W, C image channels.
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 import mlflow
@@ -54,7 +55,9 @@ class Images(PythonModel):
             ValueError: for images of another shape or type, or a parameter out of bounds.
         """
         given = params or {}
-        mode, seed = given.get("mode", "score"), int(given.get("seed", 0))
+        mode, seed = given.get("mode", "score"), _whole(given, "seed", 0)
+        if np.ma.is_masked(model_input):
+            raise ValueError("images: some values are masked; give every pixel a value")
         images = np.asarray(model_input)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != self.shape_HWC:
             raise ValueError(
@@ -65,14 +68,16 @@ class Images(PythonModel):
             raise ValueError(f"seed: {seed} is out of bounds; use 0 to {2**31 - 1}")
         exact_float32()  # whatever else this process does, figures are evaluate's
         if mode == "score":
-            passes = int(given.get("passes", 1))
+            passes = _whole(given, "passes", 1)
             if not 1 <= passes <= MOST_PASSES:
                 raise ValueError(f"passes: {passes} is out of bounds; use 1 to {MOST_PASSES}")
             return self.score(images, seed, passes)
         if mode == "sample":
-            n, temperature = int(given.get("n", 16)), float(given.get("temperature", 1.0))
-            return self.sample(images, n, temperature, seed)
-        raise ValueError(f"mode: {mode!r} is unknown; use 'score' or 'sample'")
+            temperature = given.get("temperature", 1.0)
+            if isinstance(temperature, bool) or not isinstance(temperature, Real):
+                raise ValueError(f"temperature: {repr(temperature)[:40]} is not a number")
+            return self.sample(images, _whole(given, "n", 16), float(temperature), seed)
+        raise ValueError(f"mode: {repr(mode)[:40]} is unknown; use 'score' or 'sample'")
 
     def score(self, images_NHWC: np.ndarray, seed: int, passes: int) -> pd.DataFrame:
         """Bits/dim of each image, float64."""
@@ -92,6 +97,13 @@ class Images(PythonModel):
                 f"pass images[:0], or mode='score' to score them"
             )
         return draw(self.model, n, temperature, seed).numpy().transpose(0, 2, 3, 1).copy()
+
+
+def _whole(params: dict[str, Any], name: str, default: int) -> int:
+    value = params.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name}: {repr(value)[:40]} is not a whole number")
+    return int(value)
 
 
 mlflow.models.set_model(Images())

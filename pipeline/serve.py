@@ -1,8 +1,9 @@
 """`vdvae models serve`: one registered model over HTTP, in MLflow's JSON, and a page of samples.
 
-What comes in is bounded before the model sees it: bytes, images, parameters. What is refused gets a
-4xx code and `{"error": one sentence}`; a stack trace stays in the server's log. One request at a
-time is computed, others wait, so memory is bounded too. Without a token it listens on loopback.
+What comes in is bounded before the model sees it: seconds, bytes, images, passes, parameters. What
+is refused gets a 4xx code, or 503, and `{"error": one sentence}`; a stack trace stays in the
+server's log. One request at a time is computed, others wait, so memory is bounded too; work ends
+when its client has gone. Without a token it listens on loopback.
 
 At the start this imports nothing but the standard library.
 """
@@ -20,9 +21,12 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +42,11 @@ if TYPE_CHECKING:
 MOST_IMAGES = 256  # of a request, fewer where they are large
 _MOST_VALUES = 2**22  # pixels times channels of a request: 21 images of 256x256x3
 _BYTES_A_VALUE = 6  # of JSON: "255, " and some brackets
+_MOST_PASSES = 4  # of as many images; of fewer images more
 _BODY_SECONDS = 30  # for a request to arrive
-_WAITING = 32  # requests at once, computed or not; more get 503 from uvicorn
+_WAITING = 32  # requests that are computed or wait for it, and as many largest ones that arrive
+_MOST_DIGITS = 40  # of a number in an address
+_MOST_TIMEOUT = 600  # seconds
 _LEAST_TOKEN = 16  # characters
 
 _log = logging.getLogger(__name__)
@@ -55,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the environment variable that holds the token which requests must bring "
         "(VDVAE_SERVE_TOKEN where it is set)",
     )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=5,
+        metavar="SECONDS",
+        help="that a connection may take to send a request's headers, or say nothing (default 5)",
+    )
 
 
 def run(words: argparse.Namespace) -> None:
@@ -63,12 +77,16 @@ def run(words: argparse.Namespace) -> None:
     Raises:
         UserError: no such model, a port that is taken, or an address that wants a token.
     """
+    if not 0 < words.timeout <= _MOST_TIMEOUT:
+        raise UserError(
+            f"--timeout: {words.timeout:g} is out of bounds; use up to {_MOST_TIMEOUT} seconds"
+        )
     token = _token(words.token_env)
     listener = _listen(words.host, words.port, token)
 
     import mlflow
-    import uvicorn
 
+    from pipeline.connections import server
     from pipeline.lineage import check_files
     from pipeline.params import Places
     from pipeline.versions import client_of, download, find
@@ -81,8 +99,7 @@ def run(words: argparse.Namespace) -> None:
         for difference in check_files(root, version.tags.get("files_sha256", "")):
             raise UserError(f"{version}: {difference}; restore the artifacts, or register it again")
         model = mlflow.pyfunc.load_model(str(root))
-    app = application(model, str(version), token)
-    config = uvicorn.Config(app, log_level="warning", limit_concurrency=_WAITING)
+    app = application(model, str(version), token, words.timeout)
     host, port = listener.getsockname()[:2]
     print(
         f"{version} at http://{f'[{host}]' if ':' in host else host}:{port}/ "
@@ -90,7 +107,7 @@ def run(words: argparse.Namespace) -> None:
         flush=True,
     )
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
+        server(app, words.timeout).run(sockets=[listener])
 
 
 def _token(variable: str | None) -> str:
@@ -127,38 +144,67 @@ def _listen(host: str, port: int, token: str) -> socket.socket:
 
 
 class Refused(Exception):
-    """What the one who asked can mend: an HTTP code and a sentence."""
+    """What the one who asked can mend, now or later: an HTTP code and a sentence."""
 
     def __init__(self, status: int, sentence: str) -> None:
         self.status, self.sentence = status, sentence
 
 
-def application(model: PyFuncModel, name: str, token: str = "") -> Starlette:
+_ENDING = (503, "the server is ending; ask again later")
+
+
+class _Unwanted(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def application(
+    model: PyFuncModel, name: str, token: str = "", silence: float = _BODY_SECONDS
+) -> Starlette:
     """The server as an ASGI application.
 
     Args:
         model: as `mlflow.pyfunc.load_model` gives it.
         name: of the model, for the page.
         token: that requests to the model must bring; empty: none.
+        silence: seconds without a byte after which a request that has begun is given up.
     """
     import mlflow
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
     from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route
 
     gate = Gate(model)
-    one_at_a_time = asyncio.Lock()
+    worker = ThreadPoolExecutor(1, "model")
+    waiting = arriving = 0  # requests; bytes of requests
 
-    async def compute(work: Callable[[], bytes]) -> bytes:
-        async with one_at_a_time:
-            try:
-                return await asyncio.to_thread(work)
-            except Refused:
-                raise
-            except Exception:
-                _log.exception("the model failed")
-                raise Refused(500, "the model failed; the server's log says why") from None
+    async def compute(request: Request, work: Callable[[], bytes]) -> bytes:
+        """The answer; the work ends, or does not begin, where the client goes or we do."""
+        nonlocal waiting
+        if waiting == _WAITING:
+            raise Refused(503, f"{_WAITING} requests are being computed or wait; ask again later")
+        unwanted = threading.Event()
+        found = asyncio.wrap_future(worker.submit(_unless, unwanted, work))
+        gone = asyncio.create_task(_gone(request))
+        waiting += 1
+        try:
+            await asyncio.wait((found, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not found.done():
+                raise ClientDisconnect
+            return found.result()
+        except asyncio.CancelledError:
+            raise Refused(*_ENDING) from None
+        except (Refused, ClientDisconnect):
+            raise
+        except Exception:
+            _log.exception("the model failed")
+            raise Refused(500, "the model failed; the server's log says why") from None
+        finally:
+            waiting -= 1
+            unwanted.set()
+            found.cancel()
+            gone.cancel()
 
     async def page(request: Request) -> Response:
         text = _PAGE.replace("{name}", html.escape(name)).replace("{most}", str(gate.most))
@@ -167,16 +213,29 @@ def application(model: PyFuncModel, name: str, token: str = "") -> Starlette:
 
     async def sample(request: Request) -> Response:
         _check_token(request, token)
-        params = gate.params_of_query(dict(request.query_params))
-        return Response(await compute(lambda: gate.picture(params)), media_type="image/png")
+        params = gate.params_of_query(request.query_params.multi_items())
+        picture = await compute(request, lambda: gate.picture(params))
+        return Response(picture, media_type="image/png")
 
     async def invocations(request: Request) -> Response:
+        nonlocal arriving
         _check_token(request, token)
         kind = request.headers.get("content-type", "").partition(";")[0].strip()
         if kind != "application/json":
             raise Refused(415, f"content-type: {kind[:100]!r} is not application/json")
-        body = await _body(request, gate.most_bytes)
-        return Response(await compute(lambda: gate.answer(body)), media_type="application/json")
+        body = bytearray()
+        try:
+            await _arrive(request, body, gate.most_bytes, silence, make_room)
+            answer = await compute(request, lambda: gate.answer(body))
+            return Response(answer, media_type="application/json")
+        finally:
+            arriving -= len(body)
+
+    def make_room(size: int) -> None:
+        nonlocal arriving
+        if arriving + size > _WAITING * gate.most_bytes:
+            raise Refused(503, "too many requests arrive; ask again later")
+        arriving += size
 
     async def alive(request: Request) -> Response:
         return PlainTextResponse("\n")
@@ -189,11 +248,14 @@ def application(model: PyFuncModel, name: str, token: str = "") -> Starlette:
         headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
         return JSONResponse({"error": error.sentence}, error.status, headers)
 
+    async def left(request: Request, error: Exception) -> Response:
+        return Response(status_code=408)  # which nobody reads
+
     async def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         sentence = (
-            f"{request.method} {request.url.path[:100]}: is not served; there are GET /, "
-            f"GET /sample.png, POST /invocations, GET /ping and GET /version"
+            f"{request.method[:20]} {request.scope['path'][:100]!r}: is not served; "
+            f"there are GET /, GET /sample.png, POST /invocations, GET /ping and GET /version"
         )
         return JSONResponse({"error": sentence}, error.status_code)
 
@@ -206,7 +268,7 @@ def application(model: PyFuncModel, name: str, token: str = "") -> Starlette:
             Route("/health", alive),
             Route("/version", version),
         ],
-        exception_handlers={Refused: refused, HTTPException: unknown},
+        exception_handlers={Refused: refused, ClientDisconnect: left, HTTPException: unknown},
     )
 
 
@@ -216,21 +278,57 @@ def _check_token(request: Request, token: str) -> None:
         raise Refused(401, "authorization: is not 'Bearer' and the token of this server")
 
 
-async def _body(request: Request, most: int) -> bytes:
+async def _arrive(
+    request: Request, body: bytearray, most: int, silence: float, make_room: Callable[[int], None]
+) -> None:
+    """Appends what a request brings to `body`, in time and in bounds."""
     too_large = Refused(413, f"the request has more than {most:,} bytes; send fewer images")
     length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > most:
+    if not length.isdecimal() or len(length) > 20 or int(length) > most:
         raise too_large  # before it is read
-    body = bytearray()
+    now = asyncio.get_running_loop().time
+    end = now() + _BODY_SECONDS
     try:
-        async with asyncio.timeout(_BODY_SECONDS):
+        async with asyncio.timeout(silence) as limit:
             async for part in request.stream():
-                body += part
-                if len(body) > most:
+                if len(body) + len(part) > most:
                     raise too_large
+                make_room(len(part))
+                body += part
+                limit.reschedule(min(end, now() + silence))
     except TimeoutError:
-        raise Refused(408, f"the request did not arrive within {_BODY_SECONDS} s") from None
-    return bytes(body)
+        raise Refused(
+            408,
+            f"the request did not arrive within {_BODY_SECONDS} s, "
+            f"or {silence:g} s of it brought nothing",
+        ) from None
+    except asyncio.CancelledError:
+        raise Refused(*_ENDING) from None
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client of a request that has arrived has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _unless(unwanted: threading.Event, work: Callable[[], bytes]) -> bytes:
+    """The work, which ends before its model's next layer once it is unwanted.
+
+    A hook of PyTorch asks, since a registered version brings code of its own.
+    """
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    def ask(*_: object) -> None:
+        if unwanted.is_set():
+            raise _Unwanted
+
+    hook = register_module_forward_pre_hook(ask)
+    try:
+        ask()
+        return work()
+    finally:
+        hook.remove()
 
 
 class Gate:
@@ -243,9 +341,11 @@ class Gate:
         values = math.prod(self.shape_HWC)
         self.most = max(1, min(MOST_IMAGES, _MOST_VALUES // values))  # images of a request
         self.most_bytes = 2**16 + _BYTES_A_VALUE * values * self.most
+        passes = next((spec.default for spec in params.params if spec.name == "passes"), 1)
+        self.most_passes = max(_MOST_PASSES * self.most, passes)  # times images
         self.params = {spec.name: (spec.dtype.name, spec.default) for spec in params.params}
 
-    def answer(self, body: bytes) -> bytes:
+    def answer(self, body: bytes | bytearray) -> bytes:
         """The JSON for that of a request: `{"inputs": images, "params": {…}}`.
 
         Images are lists of lists, N H W C, of whole numbers from 0 to 255. For `mode` "sample"
@@ -257,7 +357,7 @@ class Gate:
         from mlflow.pyfunc.scoring_server import predictions_to_json
 
         try:
-            given = json.loads(body)
+            given = json.loads(body, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             raise Refused(400, f"the request is not JSON ({error})") from None
         if not isinstance(given, dict):
@@ -265,11 +365,17 @@ class Gate:
         inputs = [key for key in given if key in ("inputs", "instances")]
         if len(inputs) != 1 or given.keys() - {"inputs", "instances", "params"}:
             raise Refused(400, "the request does not have the keys 'inputs' and, if any, 'params'")
-        params = self._checked(given.get("params") or {})
+        params = self._checked({} if given.get("params") is None else given["params"])
         if params["mode"] == "sample" and given[inputs[0]] == []:
             images_NHWC = self._no_images()
         else:
             images_NHWC = self._images(given[inputs[0]])
+            if len(images_NHWC) * params.get("passes", 1) > self.most_passes:
+                raise Refused(
+                    422,
+                    f"passes: {params['passes']} of {len(images_NHWC)} images; images times passes "
+                    f"are {self.most_passes} at most",
+                )
         result = io.StringIO()
         predictions_to_json(self._predict(images_NHWC, params), result)
         return result.getvalue().encode()
@@ -284,17 +390,24 @@ class Gate:
             save_grid(path, images_NHWC)
             return path.read_bytes()
 
-    def params_of_query(self, query: dict[str, str]) -> dict[str, Any]:
-        """The parameters of a picture from those of its address."""
+    def params_of_query(self, query: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """The parameters of a picture from the names and values of its address."""
+        kinds = {"n": int, "temperature": float, "seed": int}
         params: dict[str, Any] = {"mode": "sample"}
-        for name, kind in (("n", int), ("temperature", float), ("seed", int)):
-            if name in query:
-                try:
-                    params[name] = kind(query.pop(name)[:40])
-                except ValueError:
-                    raise Refused(422, f"{name}: is not a number") from None
-        if query:
-            raise Refused(422, f"{next(iter(query))[:40]!r} is not n, temperature or seed")
+        for name, text in query:
+            if name not in kinds:
+                raise Refused(422, f"{name[:40]!r} is not n, temperature or seed")
+            if name in params:
+                raise Refused(422, f"{name}: is given twice")
+            try:
+                # Python would take digits of other scripts, spaces and underscores, too.
+                if not re.fullmatch(rf"[-+.\w]{{1,{_MOST_DIGITS}}}", text, re.ASCII) or "_" in text:
+                    raise ValueError
+                params[name] = kinds[name](text)
+            except ValueError:
+                raise Refused(
+                    422, f"{name}: is not a number of at most {_MOST_DIGITS} characters"
+                ) from None
         return self._checked(params)
 
     def _checked(self, params: Any) -> dict[str, Any]:
@@ -338,6 +451,16 @@ class Gate:
             return self.model.predict(images_NHWC, params=params)
         except ValueError as error:  # the model's word for what the user can mend
             raise Refused(422, " ".join(str(error).split())[:300]) from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that it has twice one value would be lost in silence."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise Refused(400, f"the request has the key {key[:40]!r} twice")
+        found[key] = value
+    return found
 
 
 _KINDS = {"string": (str,), "long": (int,), "double": (float, int)}  # MLflow's types of parameters

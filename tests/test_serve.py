@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pytest
+import torch
 from chromium import chromium
 from conftest import ROOT
 from PIL import Image
 from playwright.sync_api import expect
 from registry_project import NAME, Project, enter
+from served import application, get, model, post, rest, sentence, served
 
-from pipeline import models, serve
+from pipeline import connections, models, serve
 from pipeline.cli import main
 from pipeline.services.definitions import free_ports
 from vdvae.config import levels_to_uint8
@@ -320,3 +325,178 @@ def test_a_port_that_is_taken_and_a_model_that_is_not_what_was_registered(projec
         main(["models", "serve", NAME, "--port", str(free_ports(1)[0])])
     assert f"{NAME} version 1: pyfunc_model.py: has changed" in capsys.readouterr().err
     code.write_text(text)
+
+
+OPEN = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+ONE = {"inputs": X}
+
+
+def test_any_number_of_connections_that_ask_nothing_stop_nobody(monkeypatch):
+    monkeypatch.setattr(connections, "MOST_OPEN", 16)
+    with served(application()) as at:
+        begun = (b"", b"GET /pi", OPEN, OPEN + b"Content-Length: 9\r\n\r\n", get("/ping")[:-2])
+        silent = [at.asked(begun[number % len(begun)]) for number in range(40)]
+        assert at.ask(get("/ping")).startswith(b"HTTP/1.1 200")
+        assert at.ask(post(ONE)).startswith(b"HTTP/1.1 200")
+        assert rest(silent[0]) == b""  # the oldest gave way
+        for connection in silent:
+            connection.close()
+
+
+def test_a_connection_has_so_many_seconds_to_ask_something():
+    with served(application(0.2), 0.2) as at:
+        # Silence; headers that drip; an answer, and then silence; what drips after a refusal.
+        assert at.ask(b"") == at.ask(OPEN) == b""
+        kept = at.asked(get("/ping").replace(b"close", b"keep-alive"))
+        assert rest(kept).startswith(b"HTTP/1.1 200")
+        for begun in (OPEN + b"A: ", OPEN + b"Content-Length: 999999999\r\n\r\n"):
+            connection = at.asked(begun)
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    connection.sendall(b"a")
+                    if select.select([connection], [], [], 0.01)[0]:
+                        part = connection.recv(65536)
+                        answer += part
+                        if not part:
+                            break
+            assert answer == b"" or sentence(answer).startswith("the request has more than")
+        # A body that is late, and one that drips: `silence` and the whole time.
+        assert "did not arrive within" in sentence(at.ask(post(b"", 9)))
+
+
+def test_a_body_that_drips_has_a_time_too(monkeypatch):
+    monkeypatch.setattr(serve, "_BODY_SECONDS", 0.2)
+    with served(application()) as at, at.asked(post(b"", 9999)) as connection:
+        while not select.select([connection], [], [], 0.01)[0]:
+            connection.sendall(b" ")
+        assert "did not arrive within 0.2 s" in sentence(rest(connection))
+
+
+def test_an_answer_that_nobody_takes_is_given_up(monkeypatch):
+    monkeypatch.setattr(connections, "_ANSWER_SECONDS", 0.1)
+    from starlette.responses import Response
+
+    with served(Response(b"x" * 2**25)) as at, at.asked(get("/")):
+        while not at.server.server_state.total_requests:
+            time.sleep(0.01)
+        while at.server.server_state.connections:
+            time.sleep(0.01)
+
+
+class Endless:
+    """A `score` that computes until it is stopped."""
+
+    def __init__(self) -> None:
+        self.began, self.ended = threading.Semaphore(0), threading.Semaphore(0)
+        self.layer = torch.nn.Identity()
+
+    def __call__(self, *_: Any) -> None:
+        self.began.release()
+        try:
+            while True:
+                self.layer(torch.zeros(()))
+        finally:
+            self.ended.release()
+
+
+def test_work_ends_when_its_client_has_gone_and_so_much_may_wait():
+    endless = Endless()
+    with served(application(score=endless)) as at:
+        at.asked(post(ONE)).close()
+        assert endless.ended.acquire(timeout=60)
+        # One is computed, the others wait, the one more is refused; the rest lives.
+        waiting = [at.asked(post(ONE)) for _ in range(serve._WAITING + 1)]
+        refused, _, _ = select.select(waiting, [], [], 60)
+        assert "32 requests are being computed or wait" in sentence(rest(refused[0]))
+        assert at.ask(get("/ping")).startswith(b"HTTP/1.1 200")
+        for connection in waiting:
+            connection.close()  # what is in work ends, what waits does not begin, or ends, too
+        assert at.ask(get("/sample.png?n=1")).startswith(b"HTTP/1.1 200")
+
+
+def test_the_server_ends_with_work_in_progress(monkeypatch):
+    monkeypatch.setattr(connections, "_END_SECONDS", 0.1)
+    endless = Endless()
+    with served(application(score=endless)) as at:
+        asked = at.asked(post(ONE)), at.asked(post(b"", 9)), at.connect()
+        assert endless.began.acquire(timeout=60)
+    assert endless.ended.acquire(timeout=60)
+    assert "the server is ending" in sentence(rest(asked[0]))
+    assert [rest(connection)[:12] for connection in asked[1:]] == [b"HTTP/1.1 503", b""]
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("seed=" + "0" * 40 + "7", "seed: is not a number of at most 40"),
+        ("n=3&n=4", "n: is given twice"),
+        ("n=3&n=3", "n: is given twice"),
+        ("n=", "n: is not a number"),
+        ("seed=1_0", "seed: is not a number"),
+        ("seed=%D9%A3", "seed: is not a number"),  # a digit of another script
+        ("seed=%207", "seed: is not a number"),
+        ("seed=7%0a", "seed: is not a number"),
+        ("seed=7.0", "seed: is not a number"),
+        ("temperature=nan", "temperature: is no number"),
+        ("temperature=1e999", "temperature: is no number"),
+        ("temperature=true", "temperature: is not a number"),
+        ("%F0%9F=1", "is not n, temperature or seed"),
+        ("x" * 9000, "is not n, temperature or seed"),
+    ],
+)
+def test_an_address_is_not_understood_half(query, words):
+    gate = serve.Gate(model())
+    with pytest.raises(serve.Refused) as refused:
+        gate.params_of_query(parse_qsl(query, keep_blank_values=True))
+    assert refused.value.status == 422 and words in refused.value.sentence
+    assert len(refused.value.sentence) < 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b'{"inputs": [], "inputs": []}', 400, "has the key 'inputs' twice"),
+        (b'{"inputs": [], "params": {"seed": 1, "seed": 2}}', 400, "has the key 'seed' twice"),
+        (b'{"inputs": [], "params": false}', 400, "params: is not a JSON object"),
+        (b'{"inputs": [], "params": {"mode": "sample", "n": null}}', 422, "n: is not of the type"),
+        ({"inputs": X * 256, "params": {"passes": 5}}, 422, "images times passes are 1024"),
+        ({"inputs": X, "params": {"passes": 1025}}, 422, "images times passes are 1024"),
+        ({"inputs": X, "params": {"passes": 0}}, 422, "passes: 0 is out of bounds"),
+    ],
+)
+def test_a_body_is_not_understood_half(body, status, words):
+    gate = serve.Gate(model())
+    with pytest.raises(serve.Refused) as refused:
+        gate.answer(body if isinstance(body, bytes) else json.dumps(body).encode())
+    assert refused.value.status == status and words in refused.value.sentence
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"seed": None}, "seed: None is not a whole number"),
+        ({"seed": True}, "seed: True is not a whole number"),
+        ({"seed": 1.5}, "seed: 1.5 is not a whole number"),
+        ({"seed": "7" * 9999}, "seed: '7777"),
+        ({"passes": None}, "passes: None is not a whole number"),
+        ({"mode": ["x" * 9999]}, "is unknown; use 'score' or 'sample'"),
+        ({"mode": "sample", "n": None}, "n: None is not a whole number"),
+        ({"mode": "sample", "temperature": None}, "temperature: None is not a number"),
+        ({"mode": "sample", "temperature": float("nan")}, "temperature: nan is out of bounds"),
+    ],
+)
+def test_the_models_parameters_are_what_they_should_be(params, words):
+    images = model().unwrap_python_model()
+    x_NHWC = np.zeros((0 if "sample" in params.values() else 1, 8, 8, 1), np.uint8)
+    with pytest.raises(ValueError) as refused:
+        images.predict(None, x_NHWC, params)
+    assert words in str(refused.value) and len(str(refused.value)) < 200
+
+
+def test_a_masked_image_is_refused_and_one_without_a_mask_is_not():
+    x_NHWC = np.ma.masked_array(np.array(X, np.uint8), mask=False)
+    assert len(model().predict(x_NHWC)) == 1
+    x_NHWC[0, 0, 0, 0] = np.ma.masked
+    with pytest.raises(ValueError, match="images: some values are masked"):
+        model().predict(x_NHWC)
