@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from pipeline import models_cli, services
 from pipeline.exits import as_a_command
 from vdvae import UserError, __version__
+from vdvae.files import MOST_JSON_BYTES, open_regular, parse_json, path_of, read_csv, read_json
 
 _EXTRA = "this needs more than the model library; run: pip install 'vdvae[pipeline]'"
 
@@ -83,7 +83,7 @@ def _main(arguments: Sequence[str] | None) -> None:
         "import", help="fetch or read one, measure it, register it with the alias 'published'"
     )
     bring.add_argument("recipe")
-    bring.add_argument("--file", type=Path, help="on this machine, instead of fetching it")
+    bring.add_argument("--file", type=path_of, help="on this machine, instead of fetching it")
     bring.add_argument("--url", help="instead of the published address")
     bring.add_argument("--seed", type=int, default=0, help="of the four CIFAR-10 models: 0 to 3")
     fetch = commands.add_parser(
@@ -98,7 +98,7 @@ def _main(arguments: Sequence[str] | None) -> None:
         "--older-than", type=_hours, default=24, metavar="HOURS", help="spare the younger (24)"
     )
     about = commands.add_parser("info", help="what a model's folder holds")
-    about.add_argument("folder", type=Path)
+    about.add_argument("folder", type=path_of)
 
     words = parser.parse_args(arguments)
     run_command: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -300,6 +300,18 @@ def _info(words: argparse.Namespace) -> None:
 
 
 def _show(words: argparse.Namespace) -> None:
+    try:
+        _show_results(words)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # a figure that is none
+        raise UserError(
+            f"results/{words.recipe}: what is there is damaged ({error}); run 'dvc checkout', or "
+            f"'dvc repro -f -s evaluate@{words.recipe}' and the same of register"
+        ) from None
+
+
+def _show_results(words: argparse.Namespace) -> None:
     from pipeline.params import Places, load_recipe
 
     name = words.recipe
@@ -320,8 +332,8 @@ def _show(words: argparse.Namespace) -> None:
             ("  rate", f"{figures['rate_bits_per_dim']:.4f}"),
             ("  distortion", f"{figures['distortion_bits_per_dim']:.4f}"),
         ]
-    with (results / "curves.csv").open(newline="") as file:
-        speeds = sorted(float(row["images_per_second"]) for row in csv.DictReader(file))
+    curves = read_csv(results / "curves.csv", f"run 'dvc checkout' or 'dvc repro train@{name}'")
+    speeds = sorted(float(row["images_per_second"]) for row in curves)
     alias = registered["alias"] or "no alias: another version is better on validation"
     rows += [
         ("parameters", f"{_parameters(places.model(name)):,}"),
@@ -344,7 +356,7 @@ def _show(words: argparse.Namespace) -> None:
 
 def _read(path: Path, recipe: str) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = read_json(path, f"run 'dvc repro -f -s evaluate@{recipe}'")
     except FileNotFoundError:
         target = "register" if path.name == "registered.json" else "evaluate"
         raise UserError(
@@ -360,10 +372,10 @@ def _read(path: Path, recipe: str) -> dict[str, Any]:
 
 def _parameters(folder: Path) -> int:
     import math
-    import struct
 
     # The header of a safetensors file: its length, then JSON with every array's shape.
-    with (folder / "model.safetensors").open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+    path, remedy = folder / "model.safetensors", "copy the model again"
+    with open_regular(path, remedy) as file:
+        length = min(int.from_bytes(file.read(8), "little"), MOST_JSON_BYTES)
+        header = parse_json(file.read(length), str(path), remedy)
     return sum(math.prod(array["shape"]) for key, array in header.items() if key != "__metadata__")

@@ -8,9 +8,11 @@ import os
 import select
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn, TextIO
 
 from vdvae.config import UserError
+from vdvae.files import shown_path
 
 BAD_INPUT = 2  # an error that the user can mend
 AWAY = 75  # a server did not answer (sysexits' EX_TEMPFAIL): the same command may work later
@@ -32,7 +34,10 @@ def fail(error: UserError | str) -> NoReturn:
 
 
 def machine_error(error: OSError) -> str | None:
-    """What a machine that cannot take or give a file lacks, in one sentence; None for others."""
+    """What a machine that cannot take or give a file lacks, in one sentence.
+
+    None where no file is at fault: then the error is ours.
+    """
     remedies = {
         errno.ENOSPC: "the disk is full; free some space, then run the same command again",
         errno.EDQUOT: "the disk quota is used up; free some space, then run the same command again",
@@ -40,9 +45,15 @@ def machine_error(error: OSError) -> str | None:
         errno.EPERM: "not permitted; change its owner or mode, or choose another place",
         errno.EROFS: "the file system is read-only; choose another place",
     }
-    if error.errno not in remedies:
+    named = isinstance(error.filename, str | bytes | os.PathLike) and error.filename
+    name = (
+        shown_path(Path(os.fsdecode(error.filename))) if named else "a file that was being written"
+    )
+    if error.errno in remedies:
+        return f"{name}: {remedies[error.errno]}"
+    if not named or error.strerror is None:
         return None
-    return f"{error.filename or 'a file that was being written'}: {remedies[error.errno]}"
+    return f"{name}: cannot be used ({error.strerror}); check the path, or name another place"
 
 
 def innermost(error: BaseException) -> str:
@@ -60,6 +71,13 @@ def as_a_command() -> Iterator[None]:
             yield
         except UserError as error:
             fail(error)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            sentence = machine_error(error)
+            if sentence is None:
+                raise
+            fail(sentence)
         finally:
             sys.stdout.flush()  # at the interpreter's own end it would be too late
     except BrokenPipeError:

@@ -7,7 +7,6 @@ checkout, or in a clone of its own where it has settings of its own. All three a
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -62,10 +61,12 @@ from pipeline.overrides import (
 from pipeline.params import Places, load_recipe
 from pipeline.repro import StageFailed, check_recipe, run_stage
 from vdvae.config import UserError
+from vdvae.files import read_json
 
 # Prefect makes a pydantic model of the form, whose field `register` hides a method of its base.
 warnings.filterwarnings("ignore", message='Field name "register"')
 
+_REMEDY = "run it again"
 _ATTEMPTS = 3  # of a stage whose process was lost, or whose network was
 _PAUSE_SECONDS = (2, 10)  # before the second and the third
 _AWAY_SECONDS = (30, 120)  # where a server did not answer, which may be starting again
@@ -450,7 +451,7 @@ class _Page:
         return f"{re.sub('[^a-z0-9]+', '-', self.recipe.lower())}-{key}"
 
     def _table(self) -> None:
-        metrics = json.loads((self.places.results(self.recipe) / "metrics.json").read_text())
+        metrics = read_json(self.places.results(self.recipe) / "metrics.json", _REMEDY)
         rows = [
             {"split": split} | {name: round(value, 4) for name, value in figures.items()}
             for split, figures in metrics.items()
@@ -477,7 +478,7 @@ class _Page:
 
     def _link_version(self) -> None:
         path = self.places.results(self.recipe) / "registered.json"
-        registered = json.loads(path.read_text())
+        registered = read_json(path, _REMEDY)
         name, version = registered["name"], registered["version"]
         text = f"{name} version {version}"
         if registered["alias"]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.exits import AWAY, BAD_INPUT, CANCELLED
 from pipeline.process import end_with_parent
-from vdvae.config import UserError
+from vdvae.config import UserError, shown
 
 if TYPE_CHECKING:
     from pipeline.params import Recipe
@@ -37,8 +37,8 @@ def ranks_here(recipe: Recipe) -> int:
         return 1
     asked = os.environ.get(RANKS)
     if asked:
-        if not asked.isdecimal() or not 1 <= int(asked) <= _MOST:
-            raise UserError(f"{RANKS}: {asked!r} is not a number of processes, 1 to {_MOST}")
+        if not (asked.isdecimal() and len(asked) < 7 and 1 <= int(asked) <= _MOST):
+            raise UserError(f"{RANKS}: {shown(asked)} is not a number of processes, 1 to {_MOST}")
         return int(asked)
     if recipe.train.device == "cpu":
         return 1

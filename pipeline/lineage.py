@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.shards import Manifest
 from pipeline.storage import ObjectMissing, Store
-from vdvae.config import UserError
+from pipeline.yaml_files import read_yaml
+from vdvae.config import UserError, shown
 from vdvae.files import sha256_of
 
 LOCK = Path("dvc.lock")
@@ -29,12 +28,12 @@ def lock_entries(recipe: str, lock: Path = LOCK) -> dict[str, Any]:
         UserError: the file is not what DVC writes.
     """
     try:
-        stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]
+        stages = read_yaml(lock)["stages"]
         names = [f"{stage}@{recipe}" for stage in _STAGES]
         return {name: stages[name] for name in names if name in stages}
     except FileNotFoundError:
         return {}
-    except (yaml.YAMLError, ValueError, TypeError, LookupError):
+    except (UserError, TypeError, LookupError):
         raise damaged(lock) from None
 
 
@@ -93,7 +92,8 @@ def check_lock(recorded: dict[str, Any], recipe: str) -> Iterator[str]:
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):
                 yield (
-                    f"{LOCK}: {stage}: {key} is {ours.get(key)!r}, recorded was {theirs.get(key)!r}"
+                    f"{LOCK}: {stage}: {key} is {shown(ours.get(key))}, "
+                    f"recorded was {shown(theirs.get(key))}"
                 )
 
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
@@ -43,10 +42,11 @@ from pipeline.sources.decode import FORMATS, decode
 from pipeline.sources.folder import NOT_READ, READ
 from pipeline.storage import open_store, shown
 from pipeline.versions import Version, client_of, download, fetch, fetch_files, find, find_all
+from pipeline.yaml_files import read_yaml
 from vdvae.checkpoint import CONFIG, WEIGHTS
 from vdvae.config import ModelConfig, UserError
 from vdvae.evaluate import Scores, evaluate
-from vdvae.files import atomic_path, sha256_of
+from vdvae.files import atomic_path, open_regular, sha256_of, target_of
 from vdvae.model import VDVAE
 from vdvae.precision import exact_float32
 from vdvae.sampling import draw, images_a_batch, reconstruction_ladder
@@ -118,7 +118,7 @@ def describe(reference: str) -> dict[str, Any]:
                 "name": run.info.run_name,
                 "status": run.info.status,
             },
-            "dvc_lock": list(yaml.safe_load(lock.read_text(encoding="utf-8")) or {}),
+            "dvc_lock": list(read_yaml(lock) or {}),
             "manifest": {
                 "digest": manifest.digest,
                 "splits": {
@@ -196,9 +196,9 @@ def _verify_checkout(version: Version, root: Path, places: Places, found: Verifi
         )
         return
     try:
-        recorded = yaml.safe_load((root / LOCK_COPY).read_text(encoding="utf-8")) or {}
+        recorded = read_yaml(root / LOCK_COPY) or {}
         lock = list(check_lock(recorded, recipe))
-    except (OSError, yaml.YAMLError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError):
         return  # the version's own copy is damaged, which has been said
     weights, run_file = places.model(recipe) / WEIGHTS, places.results(recipe) / "run.json"
     ours = weights.exists() and sha256_of(weights) == version.tags.get("weights_sha256")
@@ -263,7 +263,7 @@ def encode(reference: str, folder: Path, output: Path) -> int:
     keys: list[str] = []
     with (
         atomic_path(output) as temporary,
-        tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as parts,
+        tempfile.TemporaryDirectory(dir=target_of(output).parent, prefix=".latents.") as parts,
     ):
         names = [
             f"layer_{number:03d}_{shape[1]}x{shape[2]}"
@@ -344,7 +344,9 @@ def export(reference: str, folder: Path) -> Version:
     with (
         client_of(places) as client,
         tempfile.TemporaryDirectory() as temporary,
-        tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.") as new,
+        tempfile.TemporaryDirectory(
+            dir=folder.absolute().parent, prefix=f".{folder.name[:40]}."
+        ) as new,
     ):
         version = find(client, reference, places)
         model = fetch(version, places, Path(temporary))
@@ -399,7 +401,7 @@ def _checked(paths: list[Path], config: ModelConfig) -> list[Path]:
 def _read(path: Path, config: ModelConfig) -> Tensor:
     name, size = shown(str(path)), config.image_size
     try:
-        with path.open("rb") as file:
+        with open_regular(path, "name another") as file:
             picture = decode(file, name, config.image_channels)
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror}); name another") from None

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import serve
-from pipeline.exits import BAD_INPUT, machine_error
+from pipeline.exits import BAD_INPUT
 from vdvae.config import UserError
+from vdvae.files import atomic_write, path_of, shown_path, target_of
 
 _DIFFERENT = 1  # exit code of `show --verify` that found something
 
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def picture(words: argparse.ArgumentParser) -> None:
         words.add_argument("--seed", type=int, default=0, help="of all draws (default 0)")
-        words.add_argument("-o", "--output", type=Path, required=True, help="the PNG to write")
+        words.add_argument("-o", "--output", type=path_of, required=True, help="the PNG to write")
 
     command("list", "every version with its aliases and figures", reference=False)
     show = command("show", "figures, and where a version comes from")
@@ -50,22 +51,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     picture(sample)
     score = command("score", "bits/dim of every image of a folder, as CSV")
-    score.add_argument("folder", type=Path)
-    score.add_argument("-o", "--output", type=Path, help="a file instead of the terminal")
+    score.add_argument("folder", type=path_of)
+    score.add_argument("-o", "--output", type=path_of, help="a file instead of the terminal")
     encode = command("encode", "the latents of every image of a folder, by layer, as .npz")
-    encode.add_argument("folder", type=Path)
-    encode.add_argument("-o", "--output", type=Path, required=True, help="the .npz to write")
+    encode.add_argument("folder", type=path_of)
+    encode.add_argument("-o", "--output", type=path_of, required=True, help="the .npz to write")
     reconstruct = command("reconstruct", "images from their latents up to each resolution")
-    reconstruct.add_argument("folder", type=Path)
+    reconstruct.add_argument("folder", type=path_of)
     reconstruct.add_argument("--n", type=int, default=8, help="first images of it (default 8)")
     picture(reconstruct)
     way = command("interpolate", "images on the way from one to another")
-    way.add_argument("first", type=Path)
-    way.add_argument("last", type=Path)
+    way.add_argument("first", type=path_of)
+    way.add_argument("last", type=path_of)
     way.add_argument("--steps", type=int, default=8, help="images, both ends too (default 8)")
     picture(way)
     export = command("export", "a folder that vdvae.load opens without MLflow")
-    export.add_argument("folder", type=Path)
+    export.add_argument("folder", type=path_of)
     serve.add_arguments(command("serve", "answer requests over HTTP, with a page of samples"))
     command("rollback", "give the alias back to the version that had it before")
     promote = command("promote", "give an alias to a version that you chose, without a comparison")
@@ -83,11 +84,6 @@ def run(words: argparse.Namespace) -> None:
         _check_output(words.output)  # before the work
     try:
         actions[words.action](words)
-    except OSError as error:
-        sentence = machine_error(error)
-        if sentence is None:
-            raise
-        raise UserError(sentence) from error
     except UserError as error:
         sentences = getattr(error, "sentences", None)  # of images: one each
         if sentences is None:
@@ -98,13 +94,11 @@ def run(words: argparse.Namespace) -> None:
 
 
 def _check_output(path: Path) -> None:
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a file to write")
     try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        target_of(path).absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); name another place"
+            f"{shown_path(path)}: cannot be written ({error.strerror}); name another place"
         ) from None
 
 
@@ -208,7 +202,6 @@ def _sample(words: argparse.Namespace) -> None:
 
 def _score(words: argparse.Namespace) -> None:
     from pipeline import models
-    from vdvae.files import atomic_write
 
     scores = models.score(words.reference, words.folder)
     text = io.StringIO()

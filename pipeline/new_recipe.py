@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import machine
-from pipeline.overrides import round_trip, write_document
+from pipeline.overrides import read_document, write_document
 from pipeline.params import (
     PARAMS,
+    RECIPE,
     SHARED_WITH_MODEL,
     DataConfig,
     EvaluateConfig,
@@ -23,11 +25,11 @@ from pipeline.params import (
     read_params,
 )
 from pipeline.shards import Manifest
-from pipeline.shards.manifest import RECIPE
 from pipeline.shards.writer import mean_std
 from pipeline.sources.folder import READ, Folder
 from pipeline.storage import shown_url
-from vdvae.config import ModelConfig, TrainConfig, UserError
+from vdvae.config import ModelConfig, TrainConfig, UserError, shown
+from vdvae.files import path_of
 
 _READ_AT_MOST = 1000  # images that are looked at for mean and standard deviation
 _LARGEST_POOL = 16  # more in one step leaves nothing of an image (the paper: 4)
@@ -97,8 +99,8 @@ def new_recipe(
     params = read_params(path)
     if not re.fullmatch(RECIPE, name):
         raise UserError(
-            f"NAME: {name!r} is no name of a recipe; use 1 to 60 of the letters A-Z a-z, digits, "
-            f"'_' and '-'"
+            f"NAME: {shown(name)} is no name of a recipe; use 1 to 60 of the letters A-Z "
+            f"a-z, digits, '_' and '-'"
         )
     if name in params["recipes"]:
         raise UserError(
@@ -131,7 +133,7 @@ def new_recipe(
         register=RegisterConfig(),
     )
 
-    document = round_trip().load(path.read_bytes())
+    document = read_document(path)
     document["recipes"][name] = _sections(recipe)
     # A blank line and a comment in front, as the file's other recipes have them.
     document["recipes"].yaml_set_comment_before_after_key(
@@ -286,7 +288,7 @@ def _training(scale: _Scale, batch: int, images: int, slow: bool) -> TrainConfig
 def _place(data: str) -> str:
     if data.startswith("s3://"):
         return data
-    folder = Path(data).expanduser().resolve()
+    folder = Path(os.path.realpath(path_of(data)))
     if not folder.is_dir():
         raise UserError(
             f"--data: {shown_url(data)} is no folder on this machine; give a folder of images or "

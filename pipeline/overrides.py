@@ -15,10 +15,10 @@ from urllib.parse import unquote
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pipeline.params import PARAMS, Recipe, load_recipe, read_params
+from pipeline.params import PARAMS, Recipe, load_recipe, no_recipe, read_params
 from pipeline.storage import s3_address, shown_url
 from vdvae.config import UserError, parse_widths
-from vdvae.files import atomic_path
+from vdvae.files import atomic_path, atomic_write
 
 Preset = Annotated[
     Literal["full", "smoke"],
@@ -141,11 +141,9 @@ def apply(overrides: Overrides, recipe: str, path: Path = PARAMS) -> Recipe:
     """
     params = read_params(path)
     if recipe not in params["recipes"]:
-        raise UserError(
-            f"{path}: no recipe {recipe!r}; there are {', '.join(map(str, params['recipes']))}"
-        )
+        raise UserError(f"{path}: {no_recipe(recipe, params)}")
     before = path.read_bytes()
-    document = round_trip().load(before)
+    document = read_document(path)
     sections = document["recipes"][recipe]
     at_once = sections["train"]["batch_size"] // sections["train"].get("accumulation", 1)
     if overrides.preset == "smoke":
@@ -185,7 +183,7 @@ def apply(overrides: Overrides, recipe: str, path: Path = PARAMS) -> Recipe:
     try:
         return load_recipe(recipe, path)
     except UserError:
-        path.write_bytes(before)
+        atomic_write(path, before)
         raise
 
 
@@ -198,6 +196,20 @@ def round_trip() -> Any:
     yaml.width = 10_000
     yaml.indent(mapping=2, sequence=4, offset=2)
     return yaml
+
+
+def read_document(path: Path) -> Any:
+    """params.yaml as `round_trip` reads it, with its comments.
+
+    Raises:
+        UserError: it is not within `yaml_files`' bounds, or `round_trip` does not read it.
+    """
+    read_params(path)
+    try:
+        return round_trip().load(path.read_bytes())
+    except Exception as error:  # YAML 1.2 where we read 1.1; its constructors raise all kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: not readable as YAML: {reason}; mend it there") from None
 
 
 def write_document(document: Any, path: Path) -> None:
@@ -248,7 +260,7 @@ def data_roots() -> list[str]:
     roots = []
     for entry in filter(None, map(str.strip, os.environ.get("VDVAE_DATA_ROOTS", "").split(","))):
         if entry.startswith("/"):
-            roots.append(str(Path(entry).resolve()))
+            roots.append(os.path.realpath(entry))
         elif entry == "s3://" or s3_address(entry):
             roots.append(entry)
         else:
@@ -256,7 +268,7 @@ def data_roots() -> list[str]:
                 f"VDVAE_DATA_ROOTS: {shown_url(entry)} is neither /absolute/path nor "
                 f"s3://bucket/prefix; write those, with commas between"
             )
-    return roots or [str(Path("data/raw").resolve())]
+    return roots or [os.path.realpath("data/raw")]
 
 
 def allowed_place(data: str) -> str:
@@ -288,4 +300,4 @@ def _folder(data: str) -> Path:
     written = Path(unquote(data.removeprefix("file://")))
     if ".." in written.parts or "\0" in str(written):
         raise UserError(f"data: {data!r} holds '..'; write the folder's own path")
-    return written.resolve()
+    return Path(os.path.realpath(written))  # where links lead in a circle, no folder

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from vdvae.config import Config, ModelConfig, TrainConfig, UserError, number
+from pipeline.yaml_files import read_yaml
+from vdvae.config import Config, ModelConfig, TrainConfig, UserError, number, shown
+from vdvae.files import path_of
 
 PARAMS = Path("params.yaml")
+RECIPE = r"[A-Za-z0-9_-]{1,60}"  # what a recipe's name is made of: it names files and models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class DataConfig(Config):
     shard_images: int = number(1, 1_000_000, default=1000)  # most images in a shard
 
     def check(self) -> None:
+        if "\0" in self.path or len(self.path) > 4096:
+            raise UserError(f"data.path: {shown(self.path)} is no path; name a file or a folder")
         if self.channels not in (1, 3):
             raise UserError(f"data.channels: {self.channels} is not 1 or 3")
         if self.source == "folder" and not self.validation + self.test < 1:
@@ -44,7 +48,7 @@ class DataConfig(Config):
 class EvaluateConfig(Config):
     """How the likelihood is measured."""
 
-    batch_size: int = number(1, default=64)
+    batch_size: int = number(1, 10**6, default=64)
     seed: int = number(0, 2**31 - 1, default=0)  # of the posterior's draws, with each image
     passes: int = number(1, 10_000, default=1)  # draws that the bound is averaged over
     iwae: int = number(0, 10_000, default=0)  # draws of the importance-weighted bound; 0: without
@@ -110,31 +114,51 @@ def read_params(path: Path = PARAMS) -> dict[str, Any]:
     """The checked top of params.yaml: {"active": [names], "recipes": {name: sections}}.
 
     Raises:
-        UserError: where the file is missing, is not YAML, or its top is not as expected.
+        UserError: where the file is missing, is not YAML within the bounds of `yaml_files`, or its
+            top is not as expected.
     """
     try:
-        params = yaml.safe_load(path.read_text())
+        params = read_yaml(path)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run this at the project's root") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not readable as YAML: {reason}; mend it there") from None
     if not isinstance(params, dict) or not isinstance(params.get("recipes"), dict):
         raise UserError(f"{path}: has no section 'recipes'; restore it with 'git checkout {path}'")
-    unknown = sorted(str(key) for key in params if key not in ("active", "recipes"))
+    unknown = [key for key in params if key not in ("active", "recipes")]
     if unknown:
-        raise UserError(f"{path}: unknown key {unknown[0]!r}; known are active, recipes")
+        raise UserError(f"{path}: unknown key {shown(unknown[0])}; known are active, recipes")
+    for name in params["recipes"]:
+        check_name(name, path)
     active = params.get("active")
     if not isinstance(active, list) or not active:
-        raise UserError(f"{path}: active: {active!r} is not a list of recipes, such as [digits]")
-    for name in active:
-        if name not in params["recipes"]:
-            raise UserError(f"{path}: active: no recipe {name!r}; there are {_names(params)}")
+        raise UserError(
+            f"{path}: active: {shown(active)} is not a list of recipes, such as [digits]"
+        )
+    for place, name in enumerate(active):
+        if not isinstance(name, str) or name not in params["recipes"]:
+            raise UserError(f"{path}: active: {no_recipe(name, params)}")
+        if name in active[:place]:
+            raise UserError(f"{path}: active: {name!r} is given twice; leave one out")
     return params
 
 
-def _names(params: dict[str, Any]) -> str:
-    return ", ".join(map(str, params["recipes"]))
+def check_name(name: object, path: Path = PARAMS) -> None:
+    """Refuses a recipe's name that could not be one of files and models everywhere.
+
+    Raises:
+        UserError: naming it.
+    """
+    if not isinstance(name, str) or not re.fullmatch(RECIPE, name):
+        raise UserError(
+            f"{path}: recipes: the name {shown(name)} is not made of letters, digits, '_' and "
+            f"'-', 60 at most; rename it"
+        )
+
+
+def no_recipe(name: object, params: dict[str, Any]) -> str:
+    """What to say of a recipe that params.yaml does not have."""
+    names = [*params["recipes"]]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return f"no recipe {shown(name)}; there are {', '.join(names[:20])}{more}"
 
 
 def load_recipe(name: str, path: Path = PARAMS) -> Recipe:
@@ -145,13 +169,16 @@ def load_recipe(name: str, path: Path = PARAMS) -> Recipe:
     """
     params = read_params(path)
     if name not in params["recipes"]:
-        raise UserError(f"{path}: no recipe {name!r}; there are {_names(params)}")
+        raise UserError(f"{path}: {no_recipe(name, params)}")
     sections = params["recipes"][name]
     where = f"{path}: recipes.{name}"
     if not isinstance(sections, dict):
-        raise UserError(f"{where}: {sections!r} is not a set of sections {', '.join(_SECTIONS)}")
+        raise UserError(
+            f"{where}: {shown(sections)} is not a set of sections {', '.join(_SECTIONS)}"
+        )
     for key in sections:
         if key not in _SECTIONS:
+            key = key if isinstance(key, str) and len(key) <= 60 else shown(key)
             raise UserError(f"{where}.{key}: unknown section; known are {', '.join(_SECTIONS)}")
     configs: dict[str, Any] = {}
     for key, kind in _SECTIONS.items():
@@ -181,8 +208,8 @@ def env_number(name: str, default: float, least: float, most: float) -> float:
         value = math.nan
     if not least <= value <= most:
         raise UserError(
-            f"{name}: {text!r} is not a number from {least:g} to {most:g}; set it to one, or unset "
-            f"it for {default:g}"
+            f"{name}: {shown(text)} is not a number from {least:g} to {most:g}; set it to one, or "
+            f"unset it for {default:g}"
         )
     return value
 
@@ -204,12 +231,16 @@ class Places:
         The root is the current folder.
         """
         root = Path.cwd()
+
+        def place(name: str, default: str) -> Path:
+            return path_of(os.environ.get(name) or default).absolute()
+
         return cls(
             store_url=os.environ.get("VDVAE_STORE") or f"file://{root / 'store'}",
-            runs=Path(os.environ.get("VDVAE_RUNS") or root / "runs").absolute(),
+            runs=place("VDVAE_RUNS", "runs"),
             tracking_uri=os.environ.get("MLFLOW_TRACKING_URI")
             or f"sqlite:///{root / 'mlruns' / 'mlflow.db'}",
-            cache=Path(os.environ.get("VDVAE_CACHE") or root / "cache").absolute(),
+            cache=place("VDVAE_CACHE", "cache"),
         )
 
     def manifest(self, recipe: str) -> Path:

@@ -7,7 +7,6 @@ builds tensors and runs nothing; what else it holds is refused.
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import re
 import warnings
@@ -24,7 +23,7 @@ from pipeline.shards import Manifest, ShardReader
 from pipeline.stages.evaluate import SPLITS, measure, tell
 from pipeline.storage import open_store
 from vdvae.config import Likelihood, UserError
-from vdvae.files import atomic_write_json, read_regular
+from vdvae.files import atomic_write_json, read_json, read_regular
 
 FOLDER = Path("data/raw/published")
 SUMS = Path("data/published.json")  # sha256 by file name, of the first fetch; for git to keep
@@ -85,7 +84,7 @@ def import_published(
     save(model, there.model(recipe_name))
     measure(published, there)
     normalised = load_published(replace(recipe.model, likelihood="normalised"), weights)
-    metrics = json.loads((results / "metrics.json").read_text())
+    metrics = read_json(results / "metrics.json", "run the same command again")
     metrics |= _normalised(recipe, normalised, manifest, places)
     atomic_write_json(results / "metrics.json", metrics)
     origin = {"file": file.name, "sha256": sha256}

@@ -7,7 +7,6 @@ rerun finds how far it came by the hash of the weights and goes on from there.
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import shutil
@@ -44,7 +43,7 @@ from pipeline.versions import (
 )
 from vdvae.checkpoint import CONFIG, WEIGHTS
 from vdvae.config import ModelConfig, UserError
-from vdvae.files import atomic_write_json, sha256_of
+from vdvae.files import atomic_write_json, read_json, sha256_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -223,11 +222,9 @@ def _origin(run: Run) -> dict[str, str]:
 def _read(path: Path, recipe_name: str) -> dict[str, Any]:
     again = f"run 'dvc repro -f -s evaluate@{recipe_name}'"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path, again)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {again}") from None
-    except ValueError:
-        raise UserError(f"{path}: not readable as JSON; {again}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: not an object; {again}")
     return value

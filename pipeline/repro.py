@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline.params import read_params
+from pipeline.params import no_recipe, read_params
 from pipeline.process import GRACE_SECONDS, adopt_orphans, end_with_parent
 from vdvae.config import UserError
 
@@ -47,10 +47,9 @@ def check_recipe(recipe: str) -> None:
     """
     params = read_params()
     if recipe not in params["recipes"]:
-        names = ", ".join(map(str, params["recipes"]))
-        raise UserError(f"params.yaml: no recipe {recipe!r}; there are {names}")
+        raise UserError(f"params.yaml: {no_recipe(recipe, params)}")
     if recipe not in params["active"]:
-        wanted = ", ".join([*map(str, params["active"]), recipe])
+        wanted = ", ".join([*params["active"], recipe])
         raise UserError(
             f"params.yaml: active: {recipe!r} is not in it; set 'active: [{wanted}]' there"
         )

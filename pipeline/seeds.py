@@ -16,13 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline import experiment, tracking
 from pipeline.overrides import Overrides
 from pipeline.params import Places, load_recipe
+from pipeline.yaml_files import parse_yaml
 from vdvae.config import UserError
-from vdvae.files import atomic_write_json
+from vdvae.files import atomic_write_json, parse_json
 
 SPLITS = ("validation", "test")
 FIGURES = ("bits_per_dim", "rate_bits_per_dim", "distortion_bits_per_dim")
@@ -111,12 +110,17 @@ def _name(recipe: str, commit: str, overrides: Overrides) -> str:
     return f"{recipe}-{overrides.preset}-seed{overrides.seed}-{digest}"
 
 
+def _json(revision: str, path: str) -> Any:
+    remedy = f"remove the experiment of {revision}, then run the same command again"
+    return parse_json(experiment.read(revision, path), f"{path} of {revision}", remedy)
+
+
 def _row(recipe: str, seed: int, name: str, revision: str, places: Places) -> dict[str, Any]:
     """What an experiment says of its run."""
     folder = f"results/{recipe}"
-    metrics = json.loads(experiment.read(revision, f"{folder}/metrics.json"))
-    conditions = json.loads(experiment.read(revision, f"{folder}/conditions.json"))
-    settings = yaml.safe_load(experiment.read(revision, "params.yaml"))
+    metrics = _json(revision, f"{folder}/metrics.json")
+    conditions = _json(revision, f"{folder}/conditions.json")
+    settings = parse_yaml(experiment.read(revision, "params.yaml"), f"params.yaml of {revision}")
     with tempfile.TemporaryDirectory() as scratch:
         run_file = experiment.fetch(revision, f"{folder}/run.json", Path(scratch))
         run = tracking.find_run(places, run_file)

@@ -12,7 +12,6 @@ Whatever is young stays: a writer may be at work whose manifest, by design, come
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -28,8 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from pipeline import tracking
 from pipeline.lineage import COPY
 from pipeline.params import Places, read_params
@@ -37,8 +34,10 @@ from pipeline.process import reap, try_lock
 from pipeline.services.folder import FOLDER, LOGS
 from pipeline.shards import STATES, BlockCache, Manifest
 from pipeline.shards.cache import remove_unused
+from pipeline.shards.jobs import read_record
 from pipeline.storage import Store, Stored, open_store, s3_address, shown
 from pipeline.versions import PREFIX, Version, client_of, fetch_files
+from pipeline.yaml_files import parse_yaml
 from vdvae.config import UserError
 
 if TYPE_CHECKING:
@@ -155,7 +154,7 @@ def find_needs(places: Places, cache: Path) -> Needs:
     # In the direction in which shards pass on: what moves meanwhile is seen at one place or both.
     for path in (places.runs / STATES).glob("*/*.json"):
         with suppress(OSError, ValueError, LookupError, TypeError):  # not kept: it is made again
-            needs.keys.setdefault(json.loads(path.read_bytes())["key"], "a sharding to go on with")
+            needs.keys.setdefault(read_record(path)["key"], "a sharding to go on with")
     for path in sorted(_MANIFESTS.glob("*.json")):
         needs.add(_load(path), "this checkout")
     stored = open_store(places.store_url).list()
@@ -287,12 +286,14 @@ def _named_by_git() -> Iterator[tuple[str, str, str]]:
             continue
         seen.add(found[2])
         try:
-            stages = (yaml.safe_load(_run("git", "cat-file", "blob", found[2])) or {})["stages"]
+            stages = (parse_yaml(_run("git", "cat-file", "blob", found[2]), "dvc.lock") or {})[
+                "stages"
+            ]
             outs = [out for stage in stages.values() for out in stage.get("outs", ())]
             for path, md5 in ((Path(out["path"]), out.get("md5")) for out in outs):
                 if path.parent == _MANIFESTS and md5:
                     yield path.stem, md5, ref
-        except (yaml.YAMLError, LookupError, TypeError, AttributeError):
+        except (UserError, LookupError, TypeError, AttributeError):
             raise UserError(
                 f"dvc.lock at {ref}: not readable, so {_REFUSED}; mend it there, or remove {ref}"
             ) from None

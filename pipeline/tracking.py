@@ -7,7 +7,6 @@ of curves are delivered exactly once.
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import hashlib
 import json
@@ -35,7 +34,7 @@ from pipeline.lineage import lock_entries
 from pipeline.params import Places
 from pipeline.process import try_lock
 from vdvae.config import UserError, shown
-from vdvae.files import atomic_write_json, open_lock, sha256_of, target_of
+from vdvae.files import atomic_write_json, open_lock, read_csv, read_json, sha256_of, target_of
 
 # Read by mlflow when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -501,15 +500,14 @@ def read_curves(path: Path) -> list[dict[str, float]]:
         UserError: a row that cannot be read.
     """
     points = []
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            try:
-                point = {key: float(cell) for key, cell in row.items() if cell != ""}
-            except (TypeError, ValueError):
-                raise UserError(f"{path}: cannot read the row {row}; train again") from None
-            if not {"step", "time"} <= point.keys():
-                raise UserError(f"{path}: a row has no step or no time ({row}); train again")
-            points.append(curve_point(point))
+    for row in read_csv(path, "train again"):
+        try:
+            point = {key: float(cell) for key, cell in row.items() if cell != ""}
+        except ValueError:
+            raise UserError(f"{path}: cannot read the row {shown(row)}; train again") from None
+        if not {"step", "time"} <= point.keys():
+            raise UserError(f"{path}: a row has no step or no time ({shown(row)}); train again")
+        points.append(curve_point(point))
     return points
 
 
@@ -582,10 +580,12 @@ def _find(client: MlflowClient, experiment: str, key: str | None) -> mlflow.enti
 
 def _key_of(run_file: Path) -> str | None:
     try:
-        key = json.loads(run_file.read_text(encoding="utf-8"))["run_key"]
+        key = read_json(run_file, "remove it to begin a new run")["run_key"]
         return uuid.UUID(key).hex
     except FileNotFoundError:
         return None
+    except UserError:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"{run_file}: holds no run_key; remove it to begin a new run") from None
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +17,8 @@ from pipeline.lineage import COPY
 from pipeline.params import Places
 from pipeline.promotion import CONDITIONS, Figures, NotComparable
 from vdvae.checkpoint import CONFIG, WEIGHTS
-from vdvae.config import UserError
-from vdvae.files import sha256_of
+from vdvae.config import UserError, shown
+from vdvae.files import read_csv, read_json, sha256_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -244,12 +242,12 @@ def figures(client: MlflowClient, version: Version) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         try:
             conditions, per_image = fetch_files(client, version, FIGURES, Path(folder))
-            measured = json.loads(conditions.read_text())
+            measured = read_json(conditions, "register it again")
             for key in ("weights_sha256", "manifest_digest"):
                 if measured[key] != version.tags[key]:
                     raise NotComparable(f"the figures of {version} are of another {key}")
             bits = read_per_image(per_image, "validation")
-        except (KeyError, TypeError, json.JSONDecodeError, UserError) as error:
+        except (KeyError, TypeError, UserError) as error:
             raise NotComparable(f"the figures of {version} cannot be read ({error})") from None
     return Figures(
         conditions={key: version.tags[key] for key in CONDITIONS if key in version.tags},
@@ -264,17 +262,16 @@ def read_per_image(path: Path, split: str) -> dict[str, float]:
         UserError: a row that is none, or a key that comes twice.
     """
     bits: dict[str, float] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            try:
-                if row["split"] != split:
-                    continue
-                key, value = row["key"], float(row["bits_per_dim"])
-            except (KeyError, TypeError, ValueError):
-                raise UserError(f"{path}: cannot read the row {row}; evaluate again") from None
-            if key in bits:
-                raise UserError(f"{path}: {split} has {key} twice; evaluate again")
-            bits[key] = value
+    for row in read_csv(path, "evaluate again"):
+        try:
+            if row["split"] != split:
+                continue
+            key, value = row["key"], float(row["bits_per_dim"])
+        except (KeyError, ValueError):
+            raise UserError(f"{path}: cannot read the row {shown(row)}; evaluate again") from None
+        if key in bits:
+            raise UserError(f"{path}: {split} has {shown(key)} twice; evaluate again")
+        bits[key] = value
     return bits
 
 

@@ -88,7 +88,7 @@ def test_the_longest_name_is_written(tmp_path: Path) -> None:
     for name in ("n" * 255, "\N{PILE OF POO}" * 63):
         atomic_write(tmp_path / name, name)
         assert (tmp_path / name).read_text() == name
-    with pytest.raises(UserError, match=r"n\.\.\.n.*File name too long"):
+    with pytest.raises(UserError, match=r"\.\.\.n+': .*File name too long"):
         atomic_write(tmp_path / ("n" * 256), "")
     with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "none"):
         raise ZeroDivisionError

@@ -17,6 +17,7 @@ from pipeline.stages.train import code_of, run_digest
 from vdvae.config import UserError
 
 ROOT = Path(__file__).parents[1]
+LONG = 10**4000
 
 
 def written(folder: Path, params: Any) -> Path:
@@ -34,9 +35,22 @@ def params() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("section", "key", "value", "words"),
     [
+        pytest.param(
+            "train", "batch_size", LONG, "of some 4,001 digits is out of bounds", id="int"
+        ),
+        pytest.param("train", "beta1", LONG, "4,001 digits is not a finite number", id="float"),
+        pytest.param("train", "steps", "x" * 5000, "xxx' is not a whole number", id="text"),
+        pytest.param("train", LONG, 1, "a number of some 4,001 digits: unknown key", id="key"),
+        ("model", "encoder", "8x100000", "has more than 1,000 blocks"),
+        pytest.param("model", "encoder", "8x2," * 2000, "more than 1,000 blocks", id="blocks"),
+        pytest.param("model", "decoder", f"1x{LONG}", "the entry '1x10", id="count"),
+        ("model", "widths", "8:24,8:48", "gives a width at 8 twice"),
+        ("model", "widths", "8:999999", "999999 at 8 is out of bounds"),
+        ("model", "width", 10**9, "model.width: 1000000000 is out of bounds"),
+        ("data", "path", "a\0b", "data.path: 'a\\x00b' is no path"),
         ("train", "stesp", 3, "train.stesp: unknown key (did you mean 'steps'?)"),
         ("train", "steps", "many", "train.steps: 'many' is not a whole number"),
-        ("train", "steps", 0, "train.steps: 0 is out of bounds; it must be at least 1"),
+        ("train", "steps", 0, "train.steps: 0 is out of bounds; it must be from 1 to"),
         ("train", "learning_rate", "2e-4", "train.learning_rate: '2e-4' is not a finite number"),
         ("train", "precision", "fp8", "train.precision: 'fp8' is not one of 'fp32'"),
         ("train", "validate_every", 7, "is not a multiple of train.log_every"),
@@ -68,6 +82,19 @@ def test_broken_files_are_named(tmp_path: Path, params: dict[str, Any]) -> None:
         read_params(tmp_path / "params.yaml")
     for text, words in (
         ("a: [", "not readable as YAML"),
+        ("active: [digits]\nrecipes: {digits: {}, digits: {}}", "the key 'digits' is given twice"),
+        ("active: [[digits]]\nrecipes: {digits: {}}", r"no recipe \['digits'\]; there are digits"),
+        ("active: [{digits: 1}]\nrecipes: {digits: {}}", r"no recipe {'digits': 1}; there are"),
+        ("active: [2001-01-01]\nrecipes: {digits: {}}", r"no recipe datetime.date\(2001, 1, 1\)"),
+        ("active: [digits, digits]\nrecipes: {digits: {}}", "'digits' is given twice"),
+        ("active: [1]\nrecipes: {1: {}}", "the name 1 is not made of letters"),
+        ("active: [digits]\nrecipes: {digits: {}, ../../x: {}}", "name '../../x' is not made of"),
+        ("active: [digits]\nrecipes: {digits: {}, '': {}}", "the name '' is not made of letters"),
+        ("active: [digits]\nrecipes: {digits: {}, $(id): {}}", r"name '\$\(id\)' is not made"),
+        (
+            "active: [digits]\nrecipes: {digits: {data: {2001-01-01: 1}}}",
+            "2001, 1, 1.: unknown key",
+        ),
         ("- 1", "has no section 'recipes'"),
         ("active: [digits]\nrecipes: {digits: 3}", r"3 is not a set of sections"),
         ("active: digits\nrecipes: {digits: {}}", "active: 'digits' is not a list of recipes"),
@@ -100,7 +127,7 @@ def test_every_stage_ends_with_one_line_and_code_2(
     assert done.returncode == 2
     assert done.stderr == (
         "error: params.yaml: recipes.digits: train.batch_size: 0 is out of bounds; "
-        "it must be at least 1\n"
+        "it must be from 1 to 1,000,000\n"
     )
     assert done.stdout == ""
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]

@@ -16,6 +16,10 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
+MOST_BLOCKS = 1000  # on each side; the largest published model has 87
+MOST_WIDTH = 2**14  # channels
+_MANY = 10**9  # steps, images: more than anybody will see
+
 
 class UserError(ValueError):
     """Something the user can mend: one sentence with what, where, the value and the remedy."""
@@ -31,7 +35,7 @@ class _Shown(reprlib.Repr):
 
     def repr_int(self, x: int, level: int) -> str:
         if x.bit_length() > 300:  # Python refuses to write out the longest ones
-            return f"a number of some {round(x.bit_length() * math.log10(2)):,} digits"
+            return f"a number of some {int(x.bit_length() * math.log10(2)) + 1:,} digits"
         return repr(x)
 
 
@@ -62,15 +66,21 @@ class DecoderBlock(NamedTuple):
 
 def _entries(text: str, what: str, letters: str) -> list[tuple[int, str, int]]:
     entries = []
+    blocks = 0
     for entry in text.split(","):
-        match = re.fullmatch(rf"\s*([1-9]\d*)(?:([{letters}])([1-9]\d*))?\s*", entry)
+        match = re.fullmatch(rf"\s*([1-9]\d{{0,5}})(?:([{letters}])([1-9]\d{{0,5}}))?\s*", entry)
         if match is None:
             raise UserError(
-                f"{what}: cannot read the entry {entry.strip()!r} of {text!r}; "
+                f"{what}: cannot read the entry {shown(entry.strip())} of {shown(text)}; "
                 f"write entries such as 8x2 or 8{letters[-1]}4, separated by commas"
             )
         resolution, letter, number = match.groups()
         entries.append((int(resolution), letter or "x", int(number or 1)))
+        blocks += entries[-1][2] if entries[-1][1] == "x" else 1
+        if blocks > MOST_BLOCKS:
+            raise UserError(
+                f"{what}: {shown(text)} has more than {MOST_BLOCKS:,} blocks; leave some out"
+            )
     return entries
 
 
@@ -80,17 +90,18 @@ def parse_encoder(text: str) -> tuple[EncoderBlock, ...]:
     Raises:
         UserError: for an entry that cannot be read, or a resolution that cannot be reached.
     """
+    said = shown(text)
     blocks: list[EncoderBlock] = []
     for resolution, letter, number in _entries(text, "model.encoder", "xd"):
         reached = blocks[-1].output_resolution if blocks else resolution
         if resolution != reached:
             raise UserError(
-                f"model.encoder: resolution {resolution} of {text!r} cannot be reached: the blocks "
+                f"model.encoder: resolution {resolution} of {said} cannot be reached: the blocks "
                 f"before it end at {reached}; pool down to it, or change the resolution"
             )
         if letter == "d" and (number < 2 or resolution % number):
             raise UserError(
-                f"model.encoder: {resolution}d{number} of {text!r} cannot pool {resolution} by "
+                f"model.encoder: {resolution}d{number} of {said} cannot pool {resolution} by "
                 f"{number}; use a divisor of {resolution} from 2 on"
             )
         blocks += (
@@ -107,20 +118,21 @@ def parse_decoder(text: str) -> tuple[DecoderBlock, ...]:
     Raises:
         UserError: for an entry that cannot be read, or a resolution that cannot be reached.
     """
+    said = shown(text)
     blocks: list[DecoderBlock] = []
     for resolution, letter, number in _entries(text, "model.decoder", "xm"):
         entered = {block.resolution for block in blocks}
         if letter == "m":
             if number not in entered or number >= resolution or resolution % number:
                 raise UserError(
-                    f"model.decoder: {resolution}m{number} of {text!r}: {number} cannot enter "
+                    f"model.decoder: {resolution}m{number} of {said}: {number} cannot enter "
                     f"{resolution}; it must be a divisor of {resolution} that has blocks before it"
                 )
             blocks.append(DecoderBlock(resolution, number))
         else:
             if entered and resolution not in entered:
                 raise UserError(
-                    f"model.decoder: resolution {resolution} of {text!r} cannot be reached; enter "
+                    f"model.decoder: resolution {resolution} of {said} cannot be reached; enter "
                     f"it from a lower one first, by {resolution}m{blocks[-1].resolution}"
                 )
             blocks += [DecoderBlock(resolution, None)] * number
@@ -133,14 +145,27 @@ def parse_widths(text: str) -> dict[int, int]:
     Raises:
         UserError: for a pair that cannot be read.
     """
-    widths = {}
+    widths: dict[int, int] = {}
     for pair in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", pair)
+        match = re.fullmatch(r"([1-9]\d{0,5}):([1-9]\d{0,5})", pair)
         if match is None:
             raise UserError(
-                f"model.widths: cannot read {pair!r} of {text!r}; write resolution:width, as 512:32"
+                f"model.widths: cannot read {shown(pair)} of {shown(text)}; write "
+                f"resolution:width, as 512:32"
             )
-        widths[int(match[1])] = int(match[2])
+        resolution, width = map(int, match.groups())
+        if width > MOST_WIDTH:
+            raise UserError(
+                f"model.widths: {width} at {resolution} is out of bounds; it must be "
+                f"{_range_words(1, MOST_WIDTH)}"
+            )
+        if resolution in widths:
+            raise UserError(
+                f"model.widths: {shown(text)} gives a width at {resolution} twice; leave one out"
+            )
+        widths[resolution] = width
+        if len(widths) > 20:
+            raise UserError(f"model.widths: {shown(text)} has more than 20 pairs; leave some out")
     return widths
 
 
@@ -156,15 +181,15 @@ class Config:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             kind = hints[item.name]
-            if kind is float and type(value) is int:
+            if kind is float and type(value) is int and value.bit_length() < 1000:
                 value = float(value)
                 object.__setattr__(self, item.name, value)
             if not _fits(value, kind):
-                raise UserError(f"{self.section}.{item.name}: {value!r} is not {_words(kind)}")
+                raise UserError(f"{self.section}.{item.name}: {shown(value)} is not {_words(kind)}")
             low, high = item.metadata.get("bounds", (-math.inf, math.inf))
             if isinstance(value, int | float) and not low <= value <= high:
                 raise UserError(
-                    f"{self.section}.{item.name}: {value!r} is out of bounds; "
+                    f"{self.section}.{item.name}: {shown(value)} is out of bounds; "
                     f"it must be {_range_words(low, high)}"
                 )
         self.check()
@@ -188,11 +213,14 @@ class Config:
         section = cls.__name__.removesuffix("Config").lower()
         prefix = f"{where}: " if where else ""
         if not isinstance(values, dict):
-            raise UserError(f"{prefix}{section}: {values!r} is not a section of keys and values")
+            raise UserError(
+                f"{prefix}{section}: {shown(values)} is not a section of keys and values"
+            )
         for key in values:
             if key not in known:
+                key = key if isinstance(key, str) and len(key) <= 60 else shown(key)
                 raise UserError(
-                    f"{prefix}{section}.{key}: unknown key{_nearest(str(key), known)}; "
+                    f"{prefix}{section}.{key}: unknown key{_nearest(key, known)}; "
                     f"known are {', '.join(known)}"
                 )
         for key, item in known.items():
@@ -208,7 +236,7 @@ class Config:
         return dataclasses.asdict(self)
 
 
-def number(low: float = -math.inf, high: float = math.inf, **options: Any) -> Any:
+def number(low: float, high: float, **options: Any) -> Any:
     """A dataclass field with bounds (both included)."""
     return field(metadata={"bounds": (low, high)}, **options)
 
@@ -237,9 +265,10 @@ def _words(kind: Any) -> str:
 
 
 def _range_words(low: float, high: float) -> str:
-    if high == math.inf:
-        return f"at least {low:g}"
-    return f"from {low:g} to {high:g}"
+    low_words, high_words = (
+        f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for bound in (low, high)
+    )
+    return f"from {low_words} to {high_words}"
 
 
 def _nearest(key: str, known: typing.Iterable[str]) -> str:
@@ -258,20 +287,24 @@ class ModelConfig(Config):
     num_levels: int = number(2, 256, default=256)  # grey levels of the data (DESIGN: words)
     encoder: str  # bottom-up block string
     decoder: str  # top-down block string
-    width: int = number(1, default=384)  # channels D, where `widths` says nothing else
+    width: int = number(1, MOST_WIDTH, default=384)  # channels D, where `widths` says nothing else
     widths: str = ""  # channels by resolution, "512:32,256:64"
-    latent_channels: int = number(1, default=16)  # Z of each stochastic layer
+    latent_channels: int = number(1, MOST_WIDTH, default=16)  # Z of each stochastic layer
     bottleneck: float = number(1e-3, 4, default=0.25)  # inner width of a block / its width
-    mixtures: int = number(1, default=10)  # K logistics of the likelihood
-    no_bias_above: int = number(0, default=64)  # highest resolution with a learned bias map
-    shift: float = -127.5  # encoder input = (pixel + shift) * scale, pixel in 0..255
-    scale: float = 1 / 127.5
+    mixtures: int = number(1, 1000, default=10)  # K logistics of the likelihood
+    no_bias_above: int = number(0, 4096, default=64)  # highest resolution with a learned bias map
+    shift: float = number(
+        -1e6, 1e6, default=-127.5
+    )  # encoder input = (pixel + shift) * scale, pixel in 0..255
+    scale: float = number(-1e6, 1e6, default=1 / 127.5)
     likelihood: Likelihood = "normalised"  # the published arithmetics do not sum to 1
     # The paper's ablations (sec. 5.1, A.1); the published models leave them as they are here.
     residual_scaling: bool = True  # last convolutions scaled by 1/sqrt(N) at the start (Table 3)
     topdown_residual: bool = True  # off: Fig. 5 "FFN"
     unpool: Literal["nearest", "transposed"] = "nearest"  # Fig. 5
-    group_size: int = number(1, default=1)  # K consecutive blocks that read one input (Table 1)
+    group_size: int = number(
+        1, MOST_BLOCKS, default=1
+    )  # K consecutive blocks that read one input (Table 1)
 
     def check(self) -> None:
         encoder, decoder = parse_encoder(self.encoder), parse_decoder(self.decoder)
@@ -362,33 +395,45 @@ class ModelConfig(Config):
 class TrainConfig(Config):
     """How a model is trained (Child 2021, sec. 4.2 and Table 4)."""
 
-    steps: int = number(1)  # updates, skipped ones included
-    batch_size: int = number(1)  # images an update, over all devices
+    steps: int = number(1, _MANY)  # updates, skipped ones included
+    batch_size: int = number(1, 10**6)  # images an update, over all devices
     learning_rate: float = number(1e-12, 10)
-    warmup_steps: int = number(0, default=100)  # update i runs at i / warmup_steps of the rate
+    warmup_steps: int = number(
+        0, _MANY, default=100
+    )  # update i runs at i / warmup_steps of the rate
     weight_decay: float = number(0, 1, default=0.01)  # decoupled, on all parameters
     beta1: float = number(0, 0.999999, default=0.9)  # Adam's moments
     beta2: float = number(0, 0.999999, default=0.9)
     ema_decay: float = number(0, 1, default=0.999)  # of the averaged weights, which are the model
-    gradient_clip: float = number(1e-12, default=200.0)  # largest gradient norm, nats/dim
-    skip_threshold: float = number(1e-12, default=400.0)  # norm above which an update is skipped
-    max_skipped_in_a_row: int = number(1, default=100)  # then training stops and says so
+    gradient_clip: float = number(1e-12, 1e30, default=200.0)  # largest gradient norm, nats/dim
+    skip_threshold: float = number(
+        1e-12, 1e30, default=400.0
+    )  # norm above which an update is skipped
+    max_skipped_in_a_row: int = number(1, _MANY, default=100)  # then training stops and says so
     seed: int = number(0, 2**31 - 1, default=0)  # initialisation, data order and noise
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of convolutions and matrix products
     compile: bool = False  # blocks and likelihood through torch.compile
     channels_last: bool = True  # memory layout of features and weights
-    accumulation: int = number(1, default=1)  # parts that a device computes its batch in
-    recompute_from: int = number(0, default=0)  # blocks at this resolution and above compute their
+    accumulation: int = number(1, 10**6, default=1)  # parts that a device computes its batch in
+    recompute_from: int = number(
+        0, 4096, default=0
+    )  # blocks at this resolution and above compute their
     # activations once more in the backward pass instead of keeping them; 0: none do
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    log_every: int = number(1, default=100)  # steps between points of the curves
-    validate_every: int = number(0, default=0)  # steps between validations; 0: never, and the
+    log_every: int = number(1, _MANY, default=100)  # steps between points of the curves
+    validate_every: int = number(
+        0, _MANY, default=0
+    )  # steps between validations; 0: never, and the
     # last averaged weights are the model; otherwise those with the best validation bits/dim
-    patience: int = number(0, default=0)  # validations without a better one, after which training
+    patience: int = number(
+        0, _MANY, default=0
+    )  # validations without a better one, after which training
     # ends; 0: it goes on to the last step
-    checkpoint_every: int = number(1, default=1000)  # steps
-    checkpoint_minutes: float = number(0, default=0.0)  # at most between checkpoints; 0: no limit
-    keep_checkpoints: int = number(1, default=2)  # the newest
+    checkpoint_every: int = number(1, _MANY, default=1000)  # steps
+    checkpoint_minutes: float = number(
+        0, 1e6, default=0.0
+    )  # at most between checkpoints; 0: no limit
+    keep_checkpoints: int = number(1, 1000, default=2)  # the newest
 
     def check(self) -> None:
         if self.skip_threshold < self.gradient_clip:

@@ -21,10 +21,11 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from vdvae.config import UserError
+from vdvae.config import UserError, shown
 
 T = TypeVar("T")
 _PATIENCE = datetime.timedelta(minutes=30)  # with a rank that does not come, say one that reads
+_MOST_RANKS = 10_000
 RENDEZVOUS = "VDVAE_RENDEZVOUS"  # file:///path where the ranks of one machine meet without a port
 
 
@@ -116,15 +117,16 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
         device: what this run computes on; of several GPUs each rank takes its own.
 
     Raises:
-        UserError: more ranks than GPUs on this machine.
+        UserError: more ranks than GPUs on this machine, or a variable that is no such number: a
+            rank that no group has would wait for it in vain.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _number("WORLD_SIZE", 1, _MOST_RANKS, "1")
     if size == 1:
         yield Ranks()
         return
     backend = "gloo"
     if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))  # by itself on its machine, perhaps
+        local = _number("LOCAL_RANK", 0, size - 1, "0")  # by itself on its machine, perhaps
         if local >= torch.cuda.device_count():
             raise UserError(
                 f"ranks: more are started on this machine than its {torch.cuda.device_count()} "
@@ -132,7 +134,7 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
             )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
-    rank = int(os.environ["RANK"])
+    rank = _number("RANK", 0, size - 1)
     meeting = os.environ.get(RENDEZVOUS, "env://")
     store, _, _ = next(rendezvous(meeting, rank, size, timeout=_PATIENCE))
     store.set_timeout(_PATIENCE)  # a file does not take it over
@@ -142,6 +144,16 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
     yield Ranks(dist.get_rank(), dist.get_world_size())
     # Not after an error: NCCL would wait here for the others, which wait for this one's end.
     dist.destroy_process_group()
+
+
+def _number(name: str, least: int, most: int, default: str = "") -> int:
+    text = os.environ.get(name, default)
+    if not (text.isdecimal() and len(text) < 7 and least <= int(text) <= most):
+        raise UserError(
+            f"{name}: {shown(text)} is not a number from {least} to {most}; let torchrun set it, "
+            f"or unset WORLD_SIZE to work alone"
+        )
+    return int(text)
 
 
 def _fresh(store: Store, rank: int, size: int) -> Store:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -15,7 +17,19 @@ from typing import IO, Any, BinaryIO
 
 from vdvae.config import UserError, shown
 
+MOST_CSV_BYTES = 2**28  # of a file; the figures of a million images have some 100 MB
 MOST_JSON_BYTES = 2**24  # of a file; a manifest of 10,000 shards has 3 MB
+
+
+def path_of(text: str) -> Path:
+    """A path as a person writes it: with `~` for the home folder, which not every shell expands."""
+    return Path(os.path.expanduser(text))
+
+
+def shown_path(path: Path) -> str:
+    """The path as messages show it; a very long one is cut."""
+    text = str(path)
+    return text if len(text) <= 300 else shown(text)
 
 
 def target_of(path: Path) -> Path:
@@ -117,7 +131,7 @@ def read_regular(path: Path, most_bytes: int, remedy: str = "name a file") -> by
         except OSError as error:
             raise _unusable(path, error, remedy) from error
     if data is None or len(data) > most_bytes:
-        raise UserError(f"{_name(path)}: has more than {most_bytes:,} bytes; {remedy}")
+        raise UserError(f"{shown_path(path)}: has more than {most_bytes:,} bytes; {remedy}")
     return data
 
 
@@ -150,7 +164,25 @@ def read_json(
         UserError: it is no regular file, is larger, or is not as it should be.
     """
     data = read_regular(path, most_bytes, remedy)
-    return parse_json(data, _name(path), remedy, finite=finite)
+    return parse_json(data, shown_path(path), remedy, finite=finite)
+
+
+def read_csv(path: Path, remedy: str, *, most_bytes: int = MOST_CSV_BYTES) -> list[dict[str, str]]:
+    """The rows of a CSV file by the names in its first line.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        UserError: it is no regular file, is larger, is not UTF-8, or a row has other columns.
+    """
+    data = read_regular(path, most_bytes, remedy)
+    try:
+        rows = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{shown_path(path)}: not readable as CSV ({error}); {remedy}") from None
+    for row in rows:
+        if None in row or None in row.values():
+            raise UserError(f"{shown_path(path)}: cannot read the row {shown(row)}; {remedy}")
+    return rows
 
 
 def sha256_of(path: Path) -> str:
@@ -168,20 +200,14 @@ def _check_regular(path: Path, mode: int, remedy: str) -> None:
     )
     if not stat.S_ISREG(mode):
         kind = next((name for test, name in kinds if test(mode)), "a device")
-        raise UserError(f"{_name(path)}: is {kind}; {remedy}")
+        raise UserError(f"{shown_path(path)}: is {kind}; {remedy}")
 
 
 def _unusable(path: Path, error: OSError | ValueError, remedy: str) -> UserError:
     if isinstance(error, UserError):
         return error
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return UserError(f"{_name(path)}: cannot be used ({reason}); {remedy}")
-
-
-def _name(path: Path) -> str:
-    """The path as messages show it; a very long one is cut."""
-    text = str(path)
-    return text if len(text) <= 300 else shown(text)
+    return UserError(f"{shown_path(path)}: cannot be used ({reason}); {remedy}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vdvae.config import ModelConfig, UserError
+from vdvae.config import ModelConfig, UserError, shown
 from vdvae.evaluate import content_key, image_noise, seed_of
 from vdvae.model import VDVAE
 
 PIXELS_A_BATCH = 256 * 32 * 32  # bounds memory: 256 images of 32x32, 4 of 256x256, one of more
 MOST_SAMPLES = 4096
 _DRAWN_AT_ONCE, _PIXELS_DRAWN = 16, 16 * 32 * 32  # 16 images of 32x32, 4 of 64x64, one of more
+MOST_STEPS = 1024  # of a way: one picture holds them side by side
 
 
 def images_a_batch(config: ModelConfig) -> int:
@@ -38,7 +39,7 @@ def draw(model: VDVAE, n: int, temperature: float, seed: int) -> Tensor:
         UserError: n, temperature or seed out of bounds.
     """
     if not 1 <= n <= MOST_SAMPLES:
-        raise UserError(f"n: {n} is out of bounds; ask for 1 to {MOST_SAMPLES} images")
+        raise UserError(f"n: {shown(n)} is out of bounds; ask for 1 to {MOST_SAMPLES} images")
     if not 0 <= temperature <= 2:
         raise UserError(f"temperature: {temperature} is out of bounds; use 0 to 2")
     check_seed(seed)
@@ -98,14 +99,16 @@ def interpolate(model: VDVAE, x_CHW: Tensor, y_CHW: Tensor, steps: int, seed: in
         model: in evaluation.
         x_CHW: the first image, uint8.
         y_CHW: the last one.
-        steps: how many images, both ends counted; 2 or more.
+        steps: how many images, both ends counted; 2 to MOST_STEPS.
         seed: of the posterior's draws, with each image, and of the pixels'.
 
     Raises:
-        UserError: too few steps, or images that are not the model's.
+        UserError: too few or too many steps, or images that are not the model's.
     """
     if steps < 2:
         raise UserError(f"steps: {steps} leaves no way between two images; use 2 or more")
+    if steps > MOST_STEPS:
+        raise UserError(f"steps: {shown(steps)} is out of bounds; use 2 to {MOST_STEPS} images")
     device = model.decoder.gain.device
     ends = []
     for image_CHW in (x_CHW, y_CHW):

@@ -7,7 +7,6 @@ machine: errors, which name paths, go to the terminal alone.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -31,7 +30,7 @@ from pipeline.report.table2 import TABLE_2, DataSet, data_set_of, why_not_compar
 from pipeline.shards import Manifest
 from vdvae import __version__
 from vdvae.config import ModelConfig, UserError
-from vdvae.files import atomic_write, sha256_of
+from vdvae.files import atomic_write, read_json, sha256_of
 
 REPORT = Path("results/report.html")
 _SPLITS = ("test", "validation")
@@ -198,11 +197,9 @@ def _read(path: Path) -> Facts:
         UserError: where it is something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path, "remove it, then run 'dvc repro'")
     except FileNotFoundError:
         return {}
-    except ValueError:
-        value = None
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not a JSON object; remove it, then run 'dvc repro'")
     return value

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from vdvae.files import atomic_write_json
+from vdvae.files import atomic_write_json, read_json
 
 FOLDER = Path("services")
 LOCK = FOLDER / "lock"  # held by the supervisor for as long as it lives
@@ -30,7 +29,9 @@ def of_a_flow_run(environment: dict[str, str]) -> bool:
 def read_record() -> dict[str, Any] | None:
     """{"supervisor": pid, "ready", "error", "services": […]}; None where there is none yet."""
     try:
-        found: dict[str, Any] = json.loads(_RECORD.read_text())
+        found: dict[str, Any] = read_json(
+            _RECORD, "stop the services with 'make stop', then remove it"
+        )
     except FileNotFoundError:
         return None
     return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from vdvae.config import UserError
+from vdvae.config import UserError, shown
 
 POOL = "vdvae"  # Prefect's work pool, which prefect.yaml names too
 
@@ -36,13 +36,13 @@ class Settings:
 
         def integer(name: str, default: int, most: int) -> int:
             text = environment.get(name) or str(default)
-            if not (text.isascii() and text.isdigit() and 1 <= int(text) <= most):
-                raise UserError(f"{name}: {text!r} is not a whole number from 1 to {most}")
+            if not (text.isascii() and text.isdigit() and len(text) < 7 and 1 <= int(text) <= most):
+                raise UserError(f"{name}: {shown(text)} is not a whole number from 1 to {most}")
             return int(text)
 
         s3 = environment.get("VDVAE_S3") or "0"
         if s3 not in ("0", "1"):
-            raise UserError(f"VDVAE_S3: {s3!r} is not 0 or 1")
+            raise UserError(f"VDVAE_S3: {shown(s3)} is not 0 or 1")
         host, auth = environment.get("VDVAE_HOST") or cls.host, environment.get("VDVAE_AUTH") or ""
         user, _, password = auth.partition(":")
         if auth and not (user and password):
@@ -50,13 +50,16 @@ class Settings:
         try:
             loopback = ipaddress.ip_address(host).is_loopback
         except ValueError:
-            raise UserError(f"VDVAE_HOST: {host!r} is not an IP address") from None
+            raise UserError(f"VDVAE_HOST: {shown(host)} is not an IP address") from None
         if not loopback and not auth:
             raise UserError(
                 f"VDVAE_HOST: {host} can be reached from other machines and anybody there could "
                 f"start runs; set VDVAE_AUTH=user:password too, or leave VDVAE_HOST unset"
             )
-        origin = urlsplit(environment.get("VDVAE_ORIGIN") or "")
+        try:
+            origin = urlsplit(environment.get("VDVAE_ORIGIN") or "")
+        except ValueError as error:  # `http://[`
+            raise UserError(f"VDVAE_ORIGIN: is no address ({error}); mend or unset it") from None
         if origin.password or (origin.username and origin.scheme.startswith("http")):
             raise UserError(
                 "VDVAE_ORIGIN: holds credentials, which pages and logs would show; leave them out "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -20,11 +19,26 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.process import end_with_parent
-from vdvae.config import UserError
-from vdvae.files import atomic_write_json
+from vdvae.config import UserError, shown
+from vdvae.files import atomic_write_json, read_json
 
 _AGAIN = "what is done is kept: run the same command again to go on"
 _PATIENCE_S = 30.0
+_MOST_RECORD_BYTES = 2**28  # a shard of a million images has some 90 MB of keys
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a job found, as it was written down.
+
+    Raises:
+        FileNotFoundError: the job has not been done.
+        UserError: it is not what a job writes.
+    """
+    remedy = "remove it, then run the same command again: that shard is made anew"
+    found = read_json(path, remedy, most_bytes=_MOST_RECORD_BYTES)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: is not an object; {remedy}")
+    return found
 
 
 class Workers:
@@ -90,7 +104,7 @@ class Workers:
     ) -> Future[Any]:
         done: Future[Any] = Future()
         with contextlib.suppress(FileNotFoundError):
-            result = json.loads(path.read_bytes())
+            result = read_record(path)
             if still_holds(result):
                 done.set_result(result)
                 return done
@@ -155,10 +169,10 @@ def _count() -> int:
     text = os.environ.get("VDVAE_SHARD_WORKERS")
     if not text:
         return len(os.sched_getaffinity(0))
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1024):
+    if not (text.isascii() and text.isdigit() and len(text) < 7 and 1 <= int(text) <= 1024):
         raise UserError(
-            f"VDVAE_SHARD_WORKERS: {text!r} is not a number of processes from 1 to 1024; set it "
-            f"to one, or unset it for one a core"
+            f"VDVAE_SHARD_WORKERS: {shown(text)} is not a number of processes from 1 to 1024; set "
+            f"it to one, or unset it for one a core"
         )
     return int(text)
 
@@ -183,10 +197,10 @@ def _dask(address: str) -> Iterator[Workers]:
         ) from None
     try:
         client = Client(address, timeout=10, set_as_default=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError) as error:  # `tls://` alone
         raise UserError(
-            f"VDVAE_DASK: the scheduler at {address} cannot be reached ({error}); start it, or "
-            f"set it to tcp://HOST:8786, or unset it to work on this machine"
+            f"VDVAE_DASK: the scheduler at {shown(address)} cannot be reached ({error}); start it, "
+            f"or set it to tcp://HOST:8786, or unset it to work on this machine"
         ) from None
     with client:
         threads = sum(client.nthreads().values())

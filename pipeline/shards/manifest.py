@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vdvae.config import UserError
+from pipeline.params import RECIPE
+from vdvae.config import UserError, shown
+from vdvae.files import read_json
 
 SPLITS = ("train", "validation", "test")
 KEY = r"[a-z0-9_-]{1,90}"  # WebDataset splits a name at its first dot; a tar holds 100 bytes
 SHARD_BYTES = 64 * 2**20  # most pixels in a shard, which the writer and the reader hold in memory
 _IMAGE_BYTES = 4096  # most that an image takes in a tar beside twice its pixels
 _END_BYTES = 20 * 512  # of a tar
-RECIPE = r"[A-Za-z0-9_-]{1,60}"  # what a recipe's name is made of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,15 +99,13 @@ class Manifest:
         """
         remedy = f"run 'dvc repro -f -s shard@{path.stem}'"
         try:
-            return _manifest(json.loads(path.read_bytes(), parse_constant=_no_number))
+            value = read_json(path, remedy)
         except FileNotFoundError:
             raise UserError(f"{path}: not found; {remedy}") from None
-        except (ValueError, RecursionError) as error:
+        try:
+            return _manifest(value)
+        except ValueError as error:
             raise UserError(f"{path}: is damaged ({error}); {remedy}") from None
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is not a number")
 
 
 def _manifest(value: Any) -> Manifest:
@@ -118,7 +117,7 @@ def _manifest(value: Any) -> Manifest:
     recipe = _text(top["recipe"], "recipe", RECIPE)
     shape = top["shape"]
     if not isinstance(shape, list) or len(shape) != 3:
-        raise ValueError(f"shape: {shape!r} is not [height, width, channels]")
+        raise ValueError(f"shape: {shown(shape)} is not [height, width, channels]")
     splits = top["splits"]
     if not isinstance(splits, dict) or sorted(splits) != sorted(SPLITS):
         raise ValueError(f"splits: are not {', '.join(SPLITS)}")
@@ -192,7 +191,7 @@ def _split(value: Any, recipe: str, split: str, pixels: int) -> Split:
         expected = {"name": shard_name(recipe, split, number), "key": shard_key(recipe, sha256)}
         for key, text in expected.items():
             if fields[key] != text:
-                raise ValueError(f"{place}.{key}: {fields[key]!r} is not {text!r}")
+                raise ValueError(f"{place}.{key}: {shown(fields[key])} is not {text!r}")
         # A reader holds the bytes and then the pixels: both are bounded here, as the writer does.
         images = _count(fields["images"], f"{place}.images", max(1, SHARD_BYTES // pixels))
         _count(size, f"{place}.bytes", images * (2 * pixels + _IMAGE_BYTES) + _END_BYTES)
@@ -212,19 +211,19 @@ def _object(value: Any, kind: type, where: str) -> dict[str, Any]:
 
 def _text(value: Any, where: str, pattern: str = r".{0,1000}") -> str:
     if not isinstance(value, str) or not re.fullmatch(pattern, value):
-        raise ValueError(f"{where}: {value!r} is not a text as expected")
+        raise ValueError(f"{where}: {shown(value)} is not a text as expected")
     return value
 
 
 def _count(value: Any, where: str, most: int = 2**50) -> int:
     if type(value) is not int or not 1 <= value <= most:
-        raise ValueError(f"{where}: {value!r} is not a whole number from 1 to {most}")
+        raise ValueError(f"{where}: {shown(value)} is not a whole number from 1 to {most}")
     return value
 
 
 def _gray(value: Any, where: str) -> float:
     if type(value) is not float or not 0 <= value <= 255:
-        raise ValueError(f"{where}: {value!r} is not a number from 0 to 255")
+        raise ValueError(f"{where}: {shown(value)} is not a number from 0 to 255")
     return value
 
 

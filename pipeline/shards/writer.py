@@ -26,13 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.params import DataConfig
+from pipeline.params import DataConfig, check_name
 from pipeline.process import alone
 from pipeline.shards.duplicates import HASH_BYTES, find_duplicates
-from pipeline.shards.jobs import Workers
+from pipeline.shards.jobs import Workers, read_record
 from pipeline.shards.manifest import (
     KEY,
-    RECIPE,
     SHARD_BYTES,
     SPLITS,
     Manifest,
@@ -86,11 +85,7 @@ def write_shards(
     Raises:
         UserError: for bad raw data, a split without images, or a store that cannot be written.
     """
-    if not re.fullmatch(RECIPE, recipe):
-        raise UserError(
-            f"params.yaml: recipes: the name {recipe!r} is not made of letters, digits, '_' and "
-            f"'-'; rename it"
-        )
+    check_name(recipe)
     with _state(recipe, data, store, runs) as state:
         manifest = _write(recipe, data, source, store, workers or Workers(), state, on_progress)
         try:
@@ -204,7 +199,7 @@ def _write(
 
     def key(split: str, row: int) -> str:
         number, row = divmod(row, most)
-        return json.loads(records[split][number].read_bytes())["keys"][row]
+        return read_record(records[split][number])["keys"][row]
 
     return Manifest(
         recipe=recipe,

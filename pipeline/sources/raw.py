@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.params import DataConfig
 from pipeline.storage import S3Folder, s3_address, shown, shown_url
 from vdvae.config import UserError
+from vdvae.files import path_of
 
 OBJECT_BYTES = 2**28  # of the largest image that is decoded, its pixels uncompressed
 
@@ -67,11 +68,11 @@ def raw_files(recipe: str, data: DataConfig, remedy: str) -> Files:
                 f"{remedy}"
             )
         return _Prefix(*address)
-    if not data.path or not Path(data.path).is_dir():
+    if not data.path or not path_of(data.path).is_dir():
         raise UserError(
             f"{setting(recipe, 'path')}: there is no folder {shown_url(data.path)}; {remedy}"
         )
-    return _Directory(Path(data.path))
+    return _Directory(path_of(data.path))
 
 
 def raw_file(recipe: str, data: DataConfig, remedy: str) -> tuple[Files, File]:
@@ -82,7 +83,7 @@ def raw_file(recipe: str, data: DataConfig, remedy: str) -> tuple[Files, File]:
     """
     files: Files | None = None
     if not data.path.startswith("s3://"):
-        path = Path(data.path)
+        path = path_of(data.path)
         files, name = _Directory(path.parent), path.name
     elif address := s3_address(data.path):
         folder, _, name = address[1].rpartition("/")

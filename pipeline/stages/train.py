@@ -20,11 +20,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from pipeline import machine
 from pipeline.exits import CANCELLED
 from pipeline.journal import BufferedRun
+from pipeline.lineage import lock_entries
 from pipeline.params import Places, Recipe, load_recipe
 from pipeline.pictures import draw_progress, picture_interval, save_grid, shown
 from pipeline.process import StopRequest, alone
@@ -32,6 +31,7 @@ from pipeline.shards import Manifest, ShardReader
 from pipeline.stages import check_manifest, main
 from pipeline.stages.evaluate import scores_of
 from pipeline.storage import open_store
+from pipeline.yaml_files import read_yaml
 from vdvae.files import atomic_write, sha256_of
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def run_digest(recipe: Recipe, manifest: Manifest) -> str:
 
 def code_of(stage: str) -> list[str]:
     """The source files and folders that a stage's results depend on, by dvc.yaml."""
-    listed = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["do"]
+    listed = read_yaml(Path("dvc.yaml"))["stages"][stage]["do"]
     return [path for path in listed["deps"] if path.startswith(("vdvae/", "pipeline/"))]
 
 
@@ -239,7 +239,7 @@ def _recorded_by_dvc(recipe: Recipe, folder: Path) -> bool:
     if not curves.exists() or not lock.exists():
         return False
     name = recipe.name
-    stage = (yaml.safe_load(lock.read_text()) or {}).get("stages", {}).get(f"train@{name}", {})
+    stage = lock_entries(name).get(f"train@{name}", {})
     recorded = stage.get("params", {}).get("params.yaml", {}).get(f"recipes.{name}.train", {})
     if recipe.train.steps > recorded.get("steps", 0):
         return False
