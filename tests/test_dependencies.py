@@ -24,6 +24,7 @@ _MACHINERY = {
     "pipeline/stages/__init__.py": "starts a stage, or refuses to",
     "pipeline/shards/cache.py": "gives back what was decoded, compared with its CRC",
     "pipeline/storage.py": "moves bytes, which are compared with the manifest's hashes",
+    "pipeline/yaml_files.py": "gives the values that a file holds, or refuses it",
     "vdvae/files.py": "moves bytes to and from the disk",
 }
 _ON_SHARDS = {
