@@ -15,7 +15,6 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from pipeline.params import Places
-from pipeline.tracking import sqlite_path
 from vdvae.config import UserError
 
 _RAW = Path("data/raw")
@@ -85,9 +84,7 @@ def share_places(origin: Path | None) -> None:
     os.chdir(origin)  # relative settings and defaults are the origin's
     try:
         places = Places.from_env()
-        database = sqlite_path(places.tracking_uri)
-        uri = f"sqlite:///{database}" if database else places.tracking_uri
-        shared = (places.store_url, str(places.runs), uri)
+        shared = (places.store_url, str(places.runs), places.tracking_uri)
         os.environ.update(zip(names, shared, strict=True))
         os.environ["VDVAE_CACHE"] = str(places.cache)
         if not os.environ.get("VDVAE_DVC_CACHE"):
