@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -60,6 +61,7 @@ from pipeline.overrides import (
     apply,
 )
 from pipeline.params import Places, load_recipe
+from pipeline.registered import registration
 from pipeline.repro import StageFailed, check_recipe, run_stage
 from vdvae.config import UserError
 
@@ -476,8 +478,9 @@ class _Page:
             self._link("mlflow-run", address, f"MLflow run {found[1]}")
 
     def _link_version(self) -> None:
-        path = self.places.results(self.recipe) / "registered.json"
-        registered = json.loads(path.read_text())
+        registered = registration(self.places, self.recipe)
+        if registered is None:
+            return
         name, version = registered["name"], registered["version"]
         text = f"{name} version {version}"
         if registered["alias"]:
@@ -492,7 +495,7 @@ class _Page:
             link = f"{server.rstrip('/')}/{address}"
             create_link_artifact(link, text, self._key(key), text)
         else:
-            how = f"mlflow ui --backend-store-uri {server} --host 127.0.0.1"
+            how = f"mlflow ui --backend-store-uri {shlex.quote(server)} --host 127.0.0.1"
             create_markdown_artifact(f"{text}\n\n    {how}\n", self._key(key), text)
 
 

@@ -261,3 +261,7 @@ class Places:
     def model(self, recipe: str) -> Path:
         """The finished model of a recipe: model.safetensors and config.json."""
         return self.results(recipe) / "model"
+
+    def weights(self, recipe: str) -> Path:
+        """Of that model."""
+        return self.model(recipe) / "model.safetensors"
