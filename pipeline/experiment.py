@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from configobj import ConfigObj
+
 from pipeline.params import Places
 from vdvae.config import UserError
 
@@ -97,7 +99,10 @@ def share_places(origin: Path | None) -> None:
 
 def prepare(origin: Path | None) -> None:
     """Makes the current folder, a fresh clone, share DVC's cache and raw data with its origin."""
-    _dvc("cache", "dir", "--local", os.environ["VDVAE_DVC_CACHE"])
+    # `dvc cache dir --local` would write it as ASCII, and end where the path is not.
+    config = ConfigObj({"cache": {"dir": os.environ["VDVAE_DVC_CACHE"]}}, encoding="utf-8")
+    with Path(".dvc/config.local").open("wb") as file:
+        config.write(file)
     if not _configured("user.email"):
         _git("config", "user.name", "vdvae")
         _git("config", "user.email", "vdvae@localhost")

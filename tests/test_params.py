@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline import experiment
 from pipeline.params import Places, load_recipe, raw_path, read_params
 from pipeline.stages.train import run_digest
 from vdvae.config import UserError
@@ -193,3 +194,17 @@ def test_a_project_whose_path_no_database_url_can_hold_is_refused_at_once(
             Places.from_env()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     assert Places.from_env().store_url == f"file://{tmp_path}/what?/store"
+
+
+@pytest.mark.parametrize("name", ["ü 日本", "what?", "100%", "a, #1 'b' \"c\""])
+def test_a_clone_shares_dvcs_cache_whatever_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from dvc.config import Config
+
+    (tmp_path / ".dvc").mkdir()
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    monkeypatch.setenv("VDVAE_DVC_CACHE", str(tmp_path / name))
+    experiment.prepare(None)
+    assert Config.load_file(".dvc/config.local")["cache"] == {"dir": str(tmp_path / name)}
