@@ -59,6 +59,6 @@ def check_everything_arrived(project: Project, seeds: list[int]) -> None:
         assert held is not None, lock
         held.close()
     for lock in (project.folder / ".dvc/tmp").rglob("rwlock"):
-        assert json.loads(lock.read_text()) in ({}, {"read": {}, "write": {}}), lock
+        assert not any(json.loads(lock.read_text()).values()), lock
     assert not list((project.folder / ".dvc/tmp/exps").rglob("params.yaml"))
     assert not (project.folder / "runs/flows").exists()
