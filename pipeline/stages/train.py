@@ -76,7 +76,7 @@ def train(name: str) -> None:
     lock = folder.with_suffix(".lock")
     # In a grid several experiments may share a training; only a person is told to wait.
     patience = 30 if project_root() == Path.cwd() else math.inf
-    with ranks(device) as group, alone(lock, patience) if group.first else nullcontext():
+    with ranks(device) as group, alone(lock, patience, stop=stop) if group.first else nullcontext():
         if group.first and _recorded_by_dvc(recipe, folder):
             # Finished and taken over: `dvc repro -f` starts afresh. Renamed first, so that a kill
             # leaves all of it or nothing.
