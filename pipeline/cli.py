@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -320,14 +321,20 @@ def _show(words: argparse.Namespace) -> None:
 
 def _show_results(words: argparse.Namespace) -> None:
     from pipeline.params import Places, load_recipe
+    from pipeline.registered import registration, remedy
+    from vdvae.files import sha256_of
 
     name = words.recipe
     load_recipe(name)
     places = Places.from_env()
     results = places.results(name)
     metrics = _read(results / "metrics.json", name)
-    registered = _read(results / "registered.json", name)
+    conditions = _read(results / "conditions.json", name)
+    registered = registration(places, name)
     rows: list[tuple[str, str]] = []
+    if conditions.get("weights_sha256") != sha256_of(places.weights(name)):
+        again = f"run 'dvc repro evaluate@{name}'"
+        rows.append(("note", f"these figures are not of the model that lies here now; {again}"))
     for split in ("validation", "test"):
         figures = metrics[split]
         rows += [
@@ -341,12 +348,19 @@ def _show_results(words: argparse.Namespace) -> None:
         ]
     curves = read_csv(results / "curves.csv", f"run 'dvc checkout' or 'dvc repro train@{name}'")
     speeds = sorted(float(row["images_per_second"]) for row in curves)
-    alias = registered["alias"] or "no alias: another version is better on validation"
     rows += [
-        ("parameters", f"{_parameters(places.model(name)):,}"),
+        ("parameters", f"{_parameters(places.weights(name)):,}"),
         ("images/s in training", f"{speeds[len(speeds) // 2]:.0f} (median of intervals)"),
-        ("MLflow run", registered["mlflow_run_id"]),
-        ("registered", f"{registered['name']} version {registered['version']} ({alias})"),
+    ]
+    if registered:
+        alias = registered["alias"] or "no alias: another version is better on validation"
+        rows += [
+            ("MLflow run", registered["mlflow_run_id"]),
+            ("registered", f"{registered['name']} version {registered['version']} ({alias})"),
+        ]
+    else:
+        rows.append(("registered", f"not registered; {remedy(name)}"))
+    rows += [
         ("samples", str((results / "samples.png").absolute())),
         ("reconstructions", str((results / "reconstructions.png").absolute())),
     ]
@@ -355,7 +369,7 @@ def _show_results(words: argparse.Namespace) -> None:
     print(
         f"\nlook further, after '. .venv/bin/activate':\n"
         f"  dvc metrics show\n"
-        f"  mlflow ui --backend-store-uri {places.tracking_uri} --host 127.0.0.1\n"
+        f"  mlflow ui --backend-store-uri {shlex.quote(places.tracking_uri)} --host 127.0.0.1\n"
         f"  prefect server start --host 127.0.0.1    and, in another shell,\n"
         f"  PREFECT_API_URL=http://127.0.0.1:4200/api vdvae run {name}"
     )
@@ -365,24 +379,16 @@ def _read(path: Path, recipe: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = read_json(path, f"run 'dvc repro -f -s evaluate@{recipe}'")
     except FileNotFoundError:
-        target = "register" if path.name == "registered.json" else "evaluate"
-        raise UserError(
-            f"{path}: not found; run 'dvc repro {target}@{recipe}'"
-            + (
-                f", and 'dvc repro -f -s register@{recipe}' where that says it did not change"
-                if target == "register"
-                else ""
-            )
-        ) from None
+        raise UserError(f"{path}: not found; run 'dvc repro evaluate@{recipe}'") from None
     return found
 
 
-def _parameters(folder: Path) -> int:
+def _parameters(weights: Path) -> int:
     import math
 
     # The header of a safetensors file: its length, then JSON with every array's shape.
-    path, remedy = folder / "model.safetensors", "copy the model again"
-    with open_regular(path, remedy) as file:
+    remedy = "copy the model again"
+    with open_regular(weights, remedy) as file:
         length = min(int.from_bytes(file.read(8), "little"), MOST_JSON_BYTES)
-        header = parse_json(file.read(length), str(path), remedy)
+        header = parse_json(file.read(length), str(weights), remedy)
     return sum(math.prod(array["shape"]) for key, array in header.items() if key != "__metadata__")

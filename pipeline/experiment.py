@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from configobj import ConfigObj
+
 from pipeline.params import Places
-from pipeline.tracking import sqlite_path
 from vdvae.config import UserError
 
 _RAW = Path("data/raw")
@@ -85,9 +86,7 @@ def share_places(origin: Path | None) -> None:
     os.chdir(origin)  # relative settings and defaults are the origin's
     try:
         places = Places.from_env()
-        database = sqlite_path(places.tracking_uri)
-        uri = f"sqlite:///{database}" if database else places.tracking_uri
-        shared = (places.store_url, str(places.runs), uri)
+        shared = (places.store_url, str(places.runs), places.tracking_uri)
         os.environ.update(zip(names, shared, strict=True))
         os.environ["VDVAE_CACHE"] = str(places.cache)
         if not os.environ.get("VDVAE_DVC_CACHE"):
@@ -100,7 +99,10 @@ def share_places(origin: Path | None) -> None:
 
 def prepare(origin: Path | None) -> None:
     """Makes the current folder, a fresh clone, share DVC's cache and raw data with its origin."""
-    _dvc("cache", "dir", "--local", os.environ["VDVAE_DVC_CACHE"])
+    # `dvc cache dir --local` would write it as ASCII, and end where the path is not.
+    config = ConfigObj({"cache": {"dir": os.environ["VDVAE_DVC_CACHE"]}}, encoding="utf-8")
+    with Path(".dvc/config.local").open("wb") as file:
+        config.write(file)
     if not _configured("user.email"):
         _git("config", "user.name", "vdvae")
         _git("config", "user.email", "vdvae@localhost")

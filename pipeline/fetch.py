@@ -205,7 +205,7 @@ def held(file: Path, sums: Path) -> Iterator[str]:
         UserError: it is not what it was, or no regular file.
     """
     with open_regular(file) as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
     _check_sum(file, found, sums)
     yield found
     with alone(sums.with_suffix(".lock"), doing=f"writing {sums}"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -59,6 +60,7 @@ from pipeline.overrides import (
     apply,
 )
 from pipeline.params import Places, load_recipe
+from pipeline.registered import registration
 from pipeline.repro import StageFailed, check_recipe, run_stage
 from vdvae.config import UserError
 from vdvae.files import read_json
@@ -477,8 +479,9 @@ class _Page:
             self._link("mlflow-run", address, f"MLflow run {found[1]}")
 
     def _link_version(self) -> None:
-        path = self.places.results(self.recipe) / "registered.json"
-        registered = read_json(path, _REMEDY)
+        registered = registration(self.places, self.recipe)
+        if registered is None:
+            return
         name, version = registered["name"], registered["version"]
         text = f"{name} version {version}"
         if registered["alias"]:
@@ -493,7 +496,7 @@ class _Page:
             link = f"{server.rstrip('/')}/{address}"
             create_link_artifact(link, text, self._key(key), text)
         else:
-            how = f"mlflow ui --backend-store-uri {server} --host 127.0.0.1"
+            how = f"mlflow ui --backend-store-uri {shlex.quote(server)} --host 127.0.0.1"
             create_markdown_artifact(f"{text}\n\n    {how}\n", self._key(key), text)
 
 

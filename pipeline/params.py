@@ -15,6 +15,7 @@ from vdvae.files import path_of
 
 PARAMS = Path("params.yaml")
 RECIPE = r"[A-Za-z0-9_-]{1,60}"  # what a recipe's name is made of: it names files and models
+_COPIES = Path(".dvc/tmp/exps")  # where DVC makes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +216,44 @@ def env_number(name: str, default: float, least: float, most: float) -> float:
     return value
 
 
+def project_root() -> Path:
+    """The project that places belong to: the current folder.
+
+    `dvc exp run --temp` and DVC's queue work in a copy that DVC deletes afterwards; there it is the
+    project that was copied. DVC_ROOT alone says nothing: DVC sets it in every stage.
+    """
+    here, origin = Path.cwd(), os.environ.get("DVC_ROOT")
+    if origin and here.resolve().is_relative_to(Path(origin).resolve() / _COPIES):
+        return Path(origin)
+    return here
+
+
+def raw_path(path: str) -> Path:
+    """Where a recipe's raw data lie, absolute: here, or in the project whose copy this is.
+
+    A copy has what git or DVC track; a folder of nothing but hidden files is taken for none.
+    """
+    here, origin = Path.cwd() / path_of(path), project_root() / path_of(path)
+    if here == origin or here.is_file() or any(here.glob("[!.]*")):
+        return here
+    return origin
+
+
+def _tracking_uri(root: Path) -> str:
+    """MLflow's address, with a database file of the project by its absolute path."""
+    given = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlruns/mlflow.db"
+    scheme, separator, path = given.partition("sqlite:///")
+    if scheme or not separator or path.startswith("/"):
+        return given
+    if "?" in str(root):  # where a query begins, and nothing can escape it
+        raise UserError(
+            f"{root}: no database URL of MLflow can name a file below a folder with '?' in its "
+            f"name; rename the folder, or set MLFLOW_TRACKING_URI to sqlite:////another/folder/"
+            f"mlflow.db or to a server"
+        )
+    return f"{separator}{root / path}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Places:
     """Where things live: the environment's settings, or the defaults inside the project."""
@@ -229,18 +268,17 @@ class Places:
     def from_env(cls) -> Places:
         """Reads VDVAE_STORE, VDVAE_RUNS, VDVAE_CACHE and MLFLOW_TRACKING_URI.
 
-        The root is the current folder.
+        Defaults and relative paths are below `project_root()`; what is returned is absolute.
         """
-        root = Path.cwd()
+        root = project_root()
 
         def place(name: str, default: str) -> Path:
-            return path_of(os.environ.get(name) or default).absolute()
+            return root / path_of(os.environ.get(name) or default)
 
         return cls(
             store_url=os.environ.get("VDVAE_STORE") or f"file://{root / 'store'}",
             runs=place("VDVAE_RUNS", "runs"),
-            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI")
-            or f"sqlite:///{root / 'mlruns' / 'mlflow.db'}",
+            tracking_uri=_tracking_uri(root),
             cache=place("VDVAE_CACHE", "cache"),
         )
 
@@ -255,3 +293,7 @@ class Places:
     def model(self, recipe: str) -> Path:
         """The finished model of a recipe: model.safetensors and config.json."""
         return self.results(recipe) / "model"
+
+    def weights(self, recipe: str) -> Path:
+        """Of that model."""
+        return self.model(recipe) / "model.safetensors"

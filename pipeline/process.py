@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from pipeline.exits import CANCELLED
 from vdvae.config import UserError
 from vdvae.files import open_lock
 
@@ -67,16 +68,23 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def alone(lock: Path, patience_seconds: float = 30, doing: str = "training this") -> Iterator[None]:
+def alone(
+    lock: Path,
+    patience_seconds: float = 30,
+    doing: str = "training this",
+    stop: StopRequest | None = None,
+) -> Iterator[None]:
     """Holds a file lock; waits while a run that was cut off writes its last checkpoint.
 
     Args:
         lock: the file; whoever holds it has its number in there.
         patience_seconds: how long to wait; where that is without end, the wait is told.
         doing: what the lock is held for.
+        stop: where it has turned signals into a question, which is asked while waiting, too.
 
     Raises:
         UserError: where another process still holds it after that, or its folder cannot be made.
+        SystemExit: asked to stop.
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +100,8 @@ def alone(lock: Path, patience_seconds: float = 30, doing: str = "training this"
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if stop is not None and stop.asked:
+                    raise SystemExit(CANCELLED) from None
                 file.seek(0)
                 holder = f"process {file.read().strip() or 'unknown'} is {doing}"
                 if not told:

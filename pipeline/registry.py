@@ -28,6 +28,7 @@ from pipeline.lineage import COPY, LOCK, LOCK_COPY, check_files, lock_entries, w
 from pipeline.model_card import model_card
 from pipeline.params import Places, Recipe
 from pipeline.promotion import RULE, NotComparable, compare
+from pipeline.registered import KEYS
 from pipeline.shards import Manifest
 from pipeline.tracking import Run
 from pipeline.versions import (
@@ -67,8 +68,7 @@ class Registered:
 
     def record(self) -> dict[str, Any]:
         """What results/<recipe>/registered.json holds."""
-        keys = ("name", "version", "alias", "mlflow_run_id", "weights_sha256")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in KEYS}
 
 
 def register(

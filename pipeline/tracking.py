@@ -31,7 +31,7 @@ import yaml
 from pipeline.exits import Away, innermost
 from pipeline.journal import left_journals
 from pipeline.lineage import lock_entries
-from pipeline.params import Places
+from pipeline.params import Places, project_root
 from pipeline.process import try_lock
 from vdvae.config import UserError, shown
 from vdvae.files import atomic_write_json, open_lock, read_csv, read_json, sha256_of, target_of
@@ -555,7 +555,7 @@ def _experiment(client: MlflowClient, tracking_uri: str) -> str:
         # The place is fixed when the experiment is created, so it must not depend on the folder
         # one stands in. A server has its own.
         database = sqlite_path(tracking_uri)
-        root = database.parent / "artifacts" if database else Path("mlruns/artifacts").resolve()
+        root = (database.parent if database else project_root().resolve() / "mlruns") / "artifacts"
         location = None if urlsplit(tracking_uri).scheme in ("http", "https") else root.as_uri()
         try:
             return client.create_experiment(EXPERIMENT, artifact_location=location)

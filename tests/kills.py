@@ -67,7 +67,7 @@ def begin(folder: Path, size: int) -> list[subprocess.Popen[bytes]]:
 
 def begin_ranks(*script: str, size: int, quiet: bool = False) -> list[subprocess.Popen[bytes]]:
     """Starts a script in so many ranks, with this process's own paths."""
-    meeting = Path(tempfile.mkdtemp())
+    meeting = Path(tempfile.mkdtemp(prefix="what? #%41 "))  # as a project may be named
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     output = subprocess.DEVNULL if quiet else None
     return [

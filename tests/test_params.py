@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.params import load_recipe, read_params
+from pipeline import experiment, process
+from pipeline.params import Places, load_recipe, raw_path, read_params
 from pipeline.stages.train import code_of, run_digest
 from vdvae.config import UserError
 
@@ -166,3 +168,101 @@ def test_code_that_dvc_lists_begins_another_run(
     before = run_digest(recipe, manifest)
     Path("vdvae/evaluate.py").write_text("# another seed_of")
     assert run_digest(recipe, manifest) != before
+
+
+PLACES = ("VDVAE_STORE", "VDVAE_RUNS", "VDVAE_CACHE", "MLFLOW_TRACKING_URI")
+
+
+@pytest.mark.parametrize("copy", ["tmp4x_a", "standalone/tmp9b"])  # of the queue; of --temp
+def test_a_copy_that_dvc_works_in_has_the_places_of_its_origin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copy: str
+) -> None:
+    origin, here = tmp_path / "project", tmp_path / "project/.dvc/tmp/exps" / copy
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    for name in PLACES:
+        monkeypatch.delenv(name, raising=False)
+    assert Places.from_env().runs == here / "runs"  # a folder is taken for a copy by DVC's word
+    (tmp_path / "link").symlink_to(origin)
+    for root in (origin, tmp_path / "link"):
+        monkeypatch.setenv("DVC_ROOT", str(root))
+        found = Places.from_env()
+        assert found == Places(
+            store_url=f"file://{root}/store",
+            runs=root / "runs",
+            tracking_uri=f"sqlite:///{root}/mlruns/mlflow.db",
+            cache=root / "cache",
+        )
+        assert not found.results("digits").is_absolute()  # what DVC keeps is made here
+    for name in PLACES[1:3]:
+        monkeypatch.setenv(name, "../elsewhere")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db?timeout=5")
+    relative = Places.from_env()
+    assert relative.runs == relative.cache == root / "../elsewhere"
+    assert relative.tracking_uri == f"sqlite:///{root}/mine.db?timeout=5"
+
+
+def test_dvc_root_alone_moves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other/.dvc/tmp/exps").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    plain = Places.from_env()
+    for root in (tmp_path, tmp_path / "other", tmp_path.parent, "other", ""):
+        monkeypatch.setenv("DVC_ROOT", str(root))
+        assert Places.from_env() == plain
+
+
+def test_raw_data_that_git_does_not_track_are_the_origins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin, here = tmp_path, tmp_path / ".dvc/tmp/exps/tmp1"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("DVC_ROOT", str(origin))
+    for path in (origin / "images/a.png", origin / "tracked/b.png", here / "tracked/b.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (here / "images").mkdir()
+    (here / "images/.gitkeep").touch()  # is all that git has of it
+    assert raw_path("images") == origin / "images"
+    assert raw_path("tracked") == here / "tracked"
+    assert raw_path("images/a.png") == origin / "images/a.png"
+    assert raw_path("/elsewhere") == Path("/elsewhere")
+
+
+def test_a_project_whose_path_no_database_url_can_hold_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "what?").mkdir()
+    monkeypatch.chdir(tmp_path / "what?")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for given in ("", "sqlite:///mine.db"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+        with pytest.raises(UserError, match=r"rename the folder, or set MLFLOW_TRACKING_URI to"):
+            Places.from_env()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert Places.from_env().store_url == f"file://{tmp_path}/what?/store"
+
+
+@pytest.mark.parametrize("name", ["ü 日本", "what?", "100%", "a, #1 'b' \"c\""])
+def test_a_clone_shares_dvcs_cache_whatever_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from dvc.config import Config
+
+    (tmp_path / ".dvc").mkdir()
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    monkeypatch.setenv("VDVAE_DVC_CACHE", str(tmp_path / name))
+    experiment.prepare(None)
+    assert Config.load_file(".dvc/config.local")["cache"] == {"dir": str(tmp_path / name)}
+
+
+def test_who_waits_for_a_training_without_end_can_be_stopped(tmp_path: Path) -> None:
+    asked = SimpleNamespace(asked=True)  # as after SIGTERM
+    with (
+        process.alone(tmp_path / "a.lock"),
+        pytest.raises(SystemExit) as ended,
+        process.alone(tmp_path / "a.lock", math.inf, stop=asked),
+    ):
+        pytest.fail("two have the lock")
+    assert ended.value.code == 143

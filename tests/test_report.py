@@ -112,6 +112,48 @@ def test_the_page_says_what_the_files_say(report: Report, folder: Path) -> None:
     assert str(folder.parent) not in page
 
 
+def test_the_registration_of_another_model_is_not_shown(
+    report: Report, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after `dvc exp apply`, which leaves the record that lay there before."""
+    remedy = "not registered; run 'dvc repro -f -s register@digits'"
+    run_id = read("results/digits/registered.json")["mlflow_run_id"]
+    main(["show", "digits"])
+    shown = capsys.readouterr().out
+    assert "vdvae-digits version 1 (champion)" in shown and run_id in shown
+
+    write(
+        "results/digits/registered.json",
+        lambda facts: facts.update(weights_sha256="0" * 64, mlflow_run_id="1" * 32),
+    )
+    main(["show", "digits"])
+    shown = capsys.readouterr().out
+    assert remedy in shown and "vdvae-digits" not in shown and "1" * 32 not in shown
+    assert "note" not in shown
+    notes: list[str] = []
+    page = report("--no-model", notes=notes)
+    assert [remedy.partition("; ")[2] in note for note in notes] == [True]
+    assert ">not registered<" in page and "vdvae-digits version" not in page
+    assert run_id in page and "1" * 32 not in page  # the training's own, which DVC keeps
+
+    from pipeline.stages.register import register
+
+    register("digits")  # finds it again
+    assert "registered vdvae-digits version 1" in capsys.readouterr().out
+    main(["show", "digits"])
+    assert "vdvae-digits version 1 (champion)" in capsys.readouterr().out
+
+    # Figures of another model than the one that was trained since are said to be that.
+    write("results/digits/conditions.json", lambda facts: facts.update(weights_sha256="0" * 64))
+    main(["show", "digits"])
+    assert "these figures are not of the model that lies here now" in capsys.readouterr().out
+    Path("results/digits/registered.json").write_text("[]")
+    with pytest.raises(SystemExit) as ended:
+        main(["show", "digits"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_it_is_logged_to_the_finished_run(report: Report) -> None:
     page = report("--no-model")
     places = Places.from_env()

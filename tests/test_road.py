@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Project, narrow
+from dvc_queue import check_everything_arrived, run_grid
 from mlflow_server import MlflowServer
 from PIL import Image
 from s3_server import S3Server
@@ -184,6 +185,19 @@ def test_two_commands_to_a_registered_model(project: Project, tmp_path: Path) ->
     output = project.repro("-s", "train@digits")
     assert re.search(r"resuming at step \d+0/400", output)
     assert "step 400/400" in output
+
+
+@pytest.mark.timeout(900)
+def test_a_grid_through_dvcs_queue_ends_with_every_run_where_its_origin_keeps_them(
+    project: Project,
+) -> None:
+    """Two at once, in copies that DVC deletes, with shards that were made before."""
+    project.set(lambda params: narrow(params, steps=10))
+    project.repro("shard@digits")
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-qm", "shards")
+    run_grid(project, "-S", "recipes.digits.train.seed=range(0,2)")
+    check_everything_arrived(project, [0, 1])
 
 
 def test_figures_do_not_depend_on_ranks_and_batches(project: Project) -> None:

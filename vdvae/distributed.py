@@ -136,7 +136,12 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl"
     rank = _number("RANK", 0, size - 1)
     meeting = os.environ.get(RENDEZVOUS, "env://")
-    store, _, _ = next(rendezvous(meeting, rank, size, timeout=_PATIENCE))
+    scheme, _, path = meeting.partition("://")
+    store: Store
+    if scheme == "file":  # read by torch, it would end at the first '?' or '#' of the path
+        store = dist.FileStore(path, size)  # type: ignore[attr-defined]
+    else:
+        store, _, _ = next(rendezvous(meeting, rank, size, timeout=_PATIENCE))
     store.set_timeout(_PATIENCE)  # a file does not take it over
     dist.init_process_group(
         backend, store=_fresh(store, rank, size), rank=rank, world_size=size, timeout=_PATIENCE

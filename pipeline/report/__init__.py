@@ -18,6 +18,7 @@ import jinja2
 from pipeline import tracking
 from pipeline.lineage import LOCK, damaged, lock_entries
 from pipeline.params import Places, Recipe, load_recipe, read_params
+from pipeline.registered import registration, remedy
 from pipeline.report.figures import (
     draw_samples,
     open_model,
@@ -124,7 +125,7 @@ def _part(
     metrics = _figures(results / "metrics.json", name)
     conditions = _read(results / "conditions.json")
     settings = _settings(recipe)
-    config, weights = recipe.model, places.model(name) / "model.safetensors"
+    config, weights = recipe.model, places.weights(name)
     has_model = weights.exists() and (places.model(name) / "config.json").exists()
     if has_model:
         config_file = places.model(name) / "config.json"
@@ -135,6 +136,9 @@ def _part(
         warnings.append("the figures are not of the model that lies here now")
     if metrics and manifest and conditions.get("manifest_digest") != manifest.digest:
         warnings.append("the figures are not of the data that the manifest here lists")
+    registered = registration(places, name)
+    if has_model and registered is None:
+        tell(f"{name}: the model in {weights.parent} is not registered; {remedy(name)}")
     data_set = data_set_of(manifest.source.name, manifest.shape[0]) if manifest else None
     remark = ""
     if manifest and data_set and "test" in metrics:
@@ -157,9 +161,7 @@ def _part(
         "reconstructions": picture(results / "reconstructions.png"),
         "samples": [],
         "information": None,
-        "lineage": _lineage(
-            settings, conditions, _read(results / "registered.json"), manifest, run
-        ),
+        "lineage": _lineage(settings, conditions, registered or {}, manifest, run),
     }
     if with_model and has_model:
         seed = conditions.get("seed", recipe.evaluate.seed)
@@ -321,9 +323,10 @@ def _lineage(
     """Where the figures come from, as (fact, value); what is not known is left out."""
     tags, metrics = run.get("tags", {}), run.get("metrics", {})
     facts: Mapping[str, object] = {
-        "Registered model": registered
-        and f"{registered.get('name')} version "
-        f"{registered.get('version')}, alias {registered.get('alias') or 'none'}",
+        "Registered model": f"{registered['name']} version {registered['version']}, alias "
+        f"{registered['alias'] or 'none'}"
+        if registered
+        else "not registered",
         "Weights, sha256": conditions.get("weights_sha256"),
         "MLflow run": run.get("id") or registered.get("mlflow_run_id"),
         "Git revision": conditions.get("git_revision")

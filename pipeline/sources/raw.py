@@ -13,11 +13,10 @@ from typing import IO, Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from pipeline.params import DataConfig
+from pipeline.params import DataConfig, raw_path
 from pipeline.sources.decode import OddImage
 from pipeline.storage import S3Folder, s3_address, shown, shown_url
 from vdvae.config import UserError
-from vdvae.files import path_of
 
 OBJECT_BYTES = 2**28  # of the largest image that is decoded, its pixels uncompressed
 
@@ -70,11 +69,11 @@ def raw_files(recipe: str, data: DataConfig, remedy: str) -> Files:
                 f"{remedy}"
             )
         return _Prefix(*address)
-    if not data.path or not path_of(data.path).is_dir():
+    if not data.path or not raw_path(data.path).is_dir():
         raise UserError(
             f"{setting(recipe, 'path')}: there is no folder {shown_url(data.path)}; {remedy}"
         )
-    return _Directory(path_of(data.path))
+    return _Directory(str(Path(data.path)), raw_path(data.path))
 
 
 def raw_file(recipe: str, data: DataConfig, remedy: str) -> tuple[Files, File]:
@@ -85,8 +84,8 @@ def raw_file(recipe: str, data: DataConfig, remedy: str) -> tuple[Files, File]:
     """
     files: Files | None = None
     if not data.path.startswith("s3://"):
-        path = path_of(data.path)
-        files, name = _Directory(path.parent), path.name
+        path = raw_path(data.path)
+        files, name = _Directory(str(Path(data.path).parent), path.parent), path.name
     elif address := s3_address(data.path):
         folder, _, name = address[1].rpartition("/")
         files = _Prefix(address[0], folder)
@@ -101,9 +100,9 @@ def raw_file(recipe: str, data: DataConfig, remedy: str) -> tuple[Files, File]:
 class _Directory:
     """A folder on this machine."""
 
-    def __init__(self, folder: Path) -> None:
-        self.root = str(folder)
-        self._folder = str(folder.absolute())  # for a worker that has another working directory
+    def __init__(self, root: str, folder: Path) -> None:
+        self.root = root  # as it is written in params.yaml
+        self._folder = str(folder)  # absolute: a worker may have another working directory
 
     def list(self, skipped: Counter[str]) -> Iterator[File]:
         folders = [""]

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from pipeline import machine
 from pipeline.exits import CANCELLED
 from pipeline.journal import BufferedRun
 from pipeline.lineage import lock_entries
-from pipeline.params import Places, Recipe, load_recipe
+from pipeline.params import Places, Recipe, load_recipe, project_root
 from pipeline.pictures import draw_progress, picture_interval, save_grid, shown
 from pipeline.process import StopRequest, alone
 from pipeline.shards import Manifest, ShardReader
@@ -65,7 +66,9 @@ def train(name: str) -> None:
     manifest = check_manifest(recipe, Manifest.load(places.manifest(name)))
     folder = places.runs / f"{name}-{run_digest(recipe, manifest)}"
     lock = folder.with_suffix(".lock")
-    with ranks(device) as group, alone(lock) if group.first else nullcontext():
+    # In a grid several experiments may share a training; only a person is told to wait.
+    patience = 30 if project_root() == Path.cwd() else math.inf
+    with ranks(device) as group, alone(lock, patience, stop=stop) if group.first else nullcontext():
         if group.first and _recorded_by_dvc(recipe, folder):
             # Finished and taken over: `dvc repro -f` starts afresh. Renamed first, so that a kill
             # leaves all of it or nothing.
