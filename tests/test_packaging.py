@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -279,3 +280,24 @@ def test_make_clean_removes_caches_and_keeps_what_runs_made(tmp_path: Path) -> N
     succeed("make", "clean", cwd=tmp_path)
     assert [path for path in kept if not path.exists()] == []
     assert [path for path in removed if path.parent.exists()] == []
+
+
+def test_a_stage_runs_under_the_projects_python_whatever_the_shell_has(tmp_path: Path) -> None:
+    """`.venv/bin/dvc`, not activated, starts stages with a python of the PATH, without packages."""
+    bare = tmp_path / "bare"
+    venv.create(bare)
+    settings = {"PYTHONPATH": str(ROOT), "PATH": f"{bare}/bin:/usr/bin:/bin"}
+    stage = ["python", "-m", "pipeline.stages.interpreter"]  # with what all stages begin with
+    # No environment is known: one sentence.
+    done = run("/bin/sh", "-c", f"{' '.join(stage)}; exit $?", cwd=tmp_path, **settings)
+    assert done.returncode == 2
+    (said,) = done.stderr.splitlines()
+    assert said.startswith(f"error: the shell's python, {bare}/bin/python, lacks numpy, ")
+    assert "run '. .venv/bin/activate'" in said
+    # That of the DVC above it, and that of the project.
+    dvc = f"import subprocess; raise SystemExit(subprocess.call({stage}))"
+    done = run(sys.executable, "-c", dvc, cwd=tmp_path, **settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    done = run(*stage, cwd=tmp_path, **settings)
+    assert (done.returncode, done.stderr) == (0, "")
