@@ -88,6 +88,7 @@ $(VENV)/.complete: Makefile pyproject.toml requirements/lock.txt requirements/de
 	  $(VENV)/bin/pip install --quiet -r requirements/lock.txt -r requirements/dev.txt
 	fi
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	cp requirements/own-path.pth $(VENV)/lib/python3.*/site-packages/
 	rm $(VENV)/.incomplete
 	touch $@
 	echo "make setup: .venv is complete after $$SECONDS s"

@@ -303,6 +303,22 @@ def test_a_stage_runs_under_the_projects_python_whatever_the_shell_has(tmp_path:
     assert (done.returncode, "error:" in done.stderr) == (0, False)
 
 
+def test_an_environment_that_nobody_activated_finds_its_own_python(tmp_path: Path) -> None:
+    """Also where the shell has no `python` at all: what `make setup` puts into .venv."""
+    assert "cp requirements/own-path.pth $(VENV)/lib/" in (ROOT / "Makefile").read_text()
+    bare = tmp_path / "bare"
+    venv.create(bare)
+    python = bare / "bin" / "python"
+    (packages,) = (bare / "lib").glob("python3.*/site-packages")
+    shutil.copy(ROOT / "requirements/own-path.pth", packages)
+    show = "import os; print(os.environ['PATH'])"
+    for path, expected in (
+        ("/usr/bin:/bin", f"{bare}/bin:/usr/bin:/bin"),
+        (f"/stand-in:{bare}/bin:/bin", f"/stand-in:{bare}/bin:/bin"),
+    ):
+        assert succeed(python, "-c", show, cwd=tmp_path, PATH=path).strip() == expected
+
+
 def test_a_downloaded_archive_becomes_a_repository_of_its_own(tmp_path: Path) -> None:
     """DVC and a run's clone need one; nobody's own is touched, and git need not know who we are."""
     tracked = git("ls-files").splitlines()
