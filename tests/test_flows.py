@@ -180,6 +180,15 @@ def test_each_form_names_the_recipes_own_values(monkeypatch: pytest.MonkeyPatch)
         assert not any(field.keys() & {"anyOf", "$ref", "allOf"} for field in form.values())
 
 
+def test_a_run_is_named_by_the_seed_that_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for seed, named in ((5, 5), (-1, load_recipe("digits").train.seed)):
+        run = SimpleNamespace(parameters={"preset": "full", "seed": seed})
+        told = SimpleNamespace(flow_run=run, deployment=SimpleNamespace(name="digits"))
+        monkeypatch.setattr(flows, "runtime", told)
+        assert flows._run_name() == f"digits-full-seed{named}"
+
+
 @pytest.mark.parametrize(
     ("chosen", "own", "visible", "wanted"),
     [({}, "auto", "0,1,2", 2), ({}, "cpu", "0,1", 0), ({}, "auto", "", 0), ({}, "cuda", "5", 1),
