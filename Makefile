@@ -37,7 +37,21 @@ help: ## this list
 	echo "PyTorch: $(TORCH); another build, CPU or CUDA:"
 	echo "  make setup TORCH=torch==2.13.0+cu130 PIP_TORCH_ARGS='--index-url ADDRESS'"
 
-setup: $(VENV)/.complete ## build .venv from the pinned versions (again only when they change)
+setup: repository $(VENV)/.complete ## build .venv from the pinned versions (again only when they change)
+
+# DVC, and a run's clone, need a git repository, which a downloaded archive is not. One that is there,
+# here or above, is left as it is.
+.PHONY: repository
+repository:
+	@folder=$$PWD
+	until [ -e "$$folder/.git" ] || [ -z "$$folder" ]; do folder=$${folder%/*}; done
+	if [ -z "$$folder" ] && [ ! -e /.git ]; then
+	  if ! command -v git > /dev/null; then echo "make setup: DVC needs git; install it" >&2; exit 2; fi
+	  git init --quiet --initial-branch main
+	  git add --all && git -c user.name=vdvae -c user.email=vdvae@localhost -c commit.gpgsign=false \
+	    commit --quiet --no-verify --message "As downloaded" || { rm -rf .git; exit 2; }
+	  echo "make setup: this is no git repository, which DVC needs: it is now one, with one commit"
+	fi
 
 # Another torch asked for by name is installed even where .venv is complete.
 ifneq ($(filter command,$(origin TORCH)),)
@@ -74,6 +88,7 @@ $(VENV)/.complete: Makefile pyproject.toml requirements/lock.txt requirements/de
 	  $(VENV)/bin/pip install --quiet -r requirements/lock.txt -r requirements/dev.txt
 	fi
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	cp requirements/own-path.pth $(VENV)/lib/python3.*/site-packages/
 	rm $(VENV)/.incomplete
 	touch $@
 	echo "make setup: .venv is complete after $$SECONDS s"

@@ -127,7 +127,8 @@ def _add_settings(run: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -
     # The values are checked by pipeline/overrides.py, which is the one owner of their bounds.
     settings = run.add_argument_group(
         "settings of this run alone",
-        "with any of them the run works in a clone and comes back as a DVC experiment",
+        "with any of them the run works in a clone and comes back as a DVC experiment; what is "
+        "left out is the recipe's own",
     )
     for name, kind, text in (
         ("preset", str, "full | smoke: narrow and shallow at the true resolution, for a CPU"),
@@ -136,8 +137,8 @@ def _add_settings(run: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -
         ("batch-size", int, "images a step"),
         ("learning-rate", float, ""),
         ("seed", int, "of weights, order and noise"),
-        ("precision", str, "fp32"),
-        ("gpus", int, "0: on the CPU; 1 to 8: on GPUs"),
+        ("precision", str, "of training: fp32 | bf16 | tf32, which needs a GPU"),
+        ("gpus", int, "0: on the CPU; 1 to 8: on so many GPUs"),
         ("note", str, "free text, kept with the experiment"),
     ):
         if name not in leave_out:

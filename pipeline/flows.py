@@ -7,6 +7,7 @@ checkout, or in a clone of its own where it has settings of its own. All three a
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Read by prefect when it is imported: nothing reports home.
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -29,7 +30,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 # A run's own server has 20 seconds otherwise, which a busy machine does not keep.
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 
-from prefect import flow, get_client, get_run_logger, runtime, task
+from prefect import Flow, flow, get_client, get_run_logger, runtime, task
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
@@ -43,7 +44,9 @@ from prefect.states import Cancelled, Failed, Scheduled, State
 
 from pipeline import experiment, process
 from pipeline.exits import AWAY, BAD_INPUT, CANCELLED, fail
+from pipeline.launch import ranks_on
 from pipeline.overrides import (
+    OWN,
     BatchSize,
     Data,
     Evaluate,
@@ -58,6 +61,7 @@ from pipeline.overrides import (
     Seed,
     Steps,
     apply,
+    own_values,
 )
 from pipeline.params import Places, load_recipe
 from pipeline.registered import registration
@@ -97,8 +101,12 @@ _shell: ContextVar[_Shell | None] = ContextVar("_shell", default=None)
 
 
 def _run_name() -> str:
-    values = runtime.flow_run.parameters
-    return f"{_recipe()}-{values['preset']}-seed{values['seed']}"
+    values, recipe = runtime.flow_run.parameters, _recipe()
+    seed = values["seed"]
+    if seed == OWN:
+        with contextlib.suppress(UserError):  # which the run itself will say
+            seed = load_recipe(recipe).train.seed
+    return f"{recipe}-{values['preset']}-seed{seed}"
 
 
 def _recipe() -> str:
@@ -113,9 +121,9 @@ def run_recipe(
     steps: Steps = 0,
     batch_size: BatchSize = 0,
     learning_rate: LearningRate = 0.0,
-    seed: Seed = 0,
-    precision: Precision = "fp32",
-    gpus: Gpus = 0,
+    seed: Seed = OWN,
+    precision: Precision = "recipe",
+    gpus: Gpus = OWN,
     evaluate: Evaluate = True,
     sample: Sample = True,
     register: Register = True,
@@ -123,24 +131,27 @@ def run_recipe(
 ) -> State[None] | None:
     """Makes shards, trains, evaluates, draws samples and registers a recipe's model.
 
-    The results arrive as a DVC experiment, an MLflow run and a version in the registry. Starting
-    the same form again after a cancel goes on from the newest checkpoint.
+    A field that is left alone changes nothing. The results arrive as a DVC experiment, an MLflow
+    run and a version in the registry. Starting the same form again after a cancel goes on from the
+    newest checkpoint.
 
     Args:
         preset: full: the recipe as it stands in params.yaml. smoke: a narrow, shallow variant at
-            the true resolution that runs on a CPU in minutes; it shows that all works, while its
+            the true resolution, on the CPU in minutes; it shows that all works, while its
             pictures are still noise.
-        data: empty: the recipe's own images. Else a folder of images, file:///absolute/path on
+        data: empty: the recipe's own. Else a folder of images, file:///absolute/path on
             the worker's machine or s3://bucket/prefix, below a root that the service allows; they
             are split by fraction, 0.1 for validation and 0.1 for test, and cropped to the
             recipe's size.
-        steps: training steps, 0 to 10,000,000; 0: the preset's own.
-        batch_size: images a step, 0 to 4,096; 0: the preset's own.
-        learning_rate: 0 to 0.1; 0: the preset's own.
-        seed: of weights, order and noise, 0 to 2,147,483,647.
-        precision: fp32, the reference; bf16, faster; tf32, which needs a GPU. Figures are always
-            measured in fp32.
-        gpus: 0: on the CPU. 1 to 8: on so many GPUs, which the run has to itself; others wait.
+        steps: training steps, to 10,000,000; 0: the recipe's own.
+        batch_size: images a step, to 4,096; 0: the recipe's own.
+        learning_rate: to 0.1; 0: the recipe's own.
+        seed: of weights, order and noise, 0 to 2,147,483,647; -1: the recipe's own.
+        precision: recipe: the recipe's own. fp32, the reference; bf16, faster; tf32, which needs a
+            GPU. Figures are always measured in fp32.
+        gpus: -1: the recipe's own; cuda, and auto where there is one, take every GPU that the
+            batch parts into. 0: on the CPU. 1 to 8: on so many GPUs. The run has them to itself;
+            others wait.
         evaluate: measure bits/dim on the validation and test images.
         sample: draw samples and reconstructions.
         register: make the model a version in the registry; needs evaluate and sample.
@@ -167,6 +178,25 @@ def run_recipe(
         return Failed(message=_failure(BAD_INPUT, str(error)))
 
 
+class _Forms:
+    """The flow of each recipe's deployment: `run_recipe`, whose form says what is its own."""
+
+    def __getattr__(self, recipe: str) -> Flow[..., Any]:
+        made = run_recipe.with_options()
+        # A recipe that does not do is the run's to refuse, in a sentence on its page.
+        with contextlib.suppress(UserError):
+            text = inspect.getdoc(run_recipe) or ""
+            for name, value in own_values(recipe).items():
+                before, field, rest = text.partition(f"\n    {name}: ")
+                words, own, after = rest.partition("the recipe's own")
+                text = f"{before}{field}{words}{own}, {value}{after}"
+            made.__doc__ = text
+        return made
+
+
+forms = _Forms()
+
+
 def _run(recipe: str, overrides: Overrides, in_clone: bool) -> State[None] | None:
     logger = get_run_logger()
     if _engine():
@@ -180,7 +210,7 @@ def _run(recipe: str, overrides: Overrides, in_clone: bool) -> State[None] | Non
     lost = process.reap(places.runs)
     if lost:
         logger.warning("ended %s processes that a killed run had left", lost)
-    with _mark(places.runs), _gpu(places.runs, overrides.gpus):
+    with _mark(places.runs), _gpu(places.runs, _gpus_wanted(overrides, recipe)):
         if in_clone:
             logger.info("works on commit %s", experiment.commit())
             changed = experiment.uncommitted(origin) if origin else []
@@ -297,6 +327,27 @@ def _settle(places: Places) -> None:
 def _engine() -> bool:
     """Whether a worker started this process for one flow run."""
     return bool(os.environ.get("PREFECT__FLOW_RUN_ID"))
+
+
+def _gpus_wanted(overrides: Overrides, recipe: str) -> int:
+    """How many GPUs a run is to have to itself: the form's number, or what the recipe will use.
+
+    Raises:
+        UserError: the recipe's own device is one that this machine has not.
+    """
+    if overrides.gpus != OWN:
+        return overrides.gpus
+    own = load_recipe(recipe)
+    if overrides.preset == "smoke" or own.train.device == "cpu":
+        return 0
+    gpus = len(process.visible_gpus())
+    if gpus:
+        return ranks_on(own, gpus)
+    if own.train.device == "cuda":
+        from vdvae.training import device_of
+
+        device_of(own.train)  # before hours of making shards
+    return 0
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.exits import AWAY, BAD_INPUT, CANCELLED
-from pipeline.process import end_with_parent
+from pipeline.process import end_with_parent, named_gpus
 from vdvae.config import UserError, shown
 
 if TYPE_CHECKING:
@@ -42,19 +42,27 @@ def ranks_here(recipe: Recipe) -> int:
         return int(asked)
     if recipe.train.device == "cpu":
         return 1
+    if named_gpus() == []:
+        return 1
     import torch
 
     gpus = max(1, torch.cuda.device_count())
-    parts = recipe.train.accumulation
-    batch = recipe.train.batch_size
-    used = next(n for n in range(gpus, 0, -1) if n == 1 or not batch % (n * parts))
+    used = ranks_on(recipe, gpus)
     if used < gpus:
         print(
-            f"{used} of {gpus} GPUs are used: train.batch_size {batch} does not part into more, "
-            f"with train.accumulation {parts}; lower that to use them all",
+            f"{used} of {gpus} GPUs are used: train.batch_size {recipe.train.batch_size} does not "
+            f"part into more, with train.accumulation {recipe.train.accumulation}; lower that to "
+            f"use them all",
             flush=True,
         )
     return used
+
+
+def ranks_on(recipe: Recipe, gpus: int) -> int:
+    """On how many of so many GPUs a recipe's batch is computed: the most that it parts into."""
+    train = recipe.train
+    parts = (n for n in range(gpus, 0, -1) if not train.batch_size % (n * train.accumulation))
+    return next(parts, 1)
 
 
 def rank_environment(rank: int, size: int, folder: Path) -> dict[str, str]:

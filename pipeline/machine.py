@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pipeline.process import named_gpus
+
 _PACKAGES = ("torch", "numpy", "mlflow", "dvc", "prefect")
 
 
@@ -74,7 +76,10 @@ class Usage:
 
 def _ask_gpu(what: str) -> str:
     """The answer of nvidia-smi about the one GPU that we train on; empty where it gives none."""
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
+    named = named_gpus()
+    if named == []:
+        return ""
+    gpu = named[0] if named else "0"
     command = ["nvidia-smi", "-i", gpu, f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)

@@ -20,11 +20,13 @@ from pipeline.storage import s3_address, shown_url
 from vdvae.config import UserError, parse_widths
 from vdvae.files import atomic_path, atomic_write
 
+OWN = -1  # of fields where 0 is a choice: the recipe's own
+
 Preset = Annotated[
     Literal["full", "smoke"],
     Field(
         description="full: the recipe as it stands in params.yaml; smoke: a narrow, shallow "
-        "variant at the true resolution that runs on a CPU in minutes"
+        "variant at the true resolution, on the CPU in minutes"
     ),
 ]
 Data = Annotated[
@@ -39,27 +41,39 @@ Data = Annotated[
 ]
 Steps = Annotated[
     int,
-    Field(ge=0, le=10_000_000, description="training steps, to 10,000,000; 0: the preset's own"),
+    Field(ge=0, le=10_000_000, description="training steps, to 10,000,000; 0: the recipe's own"),
 ]
 BatchSize = Annotated[
-    int, Field(ge=0, le=4096, description="images a step, to 4,096; 0: the preset's own")
+    int, Field(ge=0, le=4096, description="images a step, to 4,096; 0: the recipe's own")
 ]
 LearningRate = Annotated[
     float,
-    Field(ge=0, le=0.1, allow_inf_nan=False, description="to 0.1; 0: the preset's own"),
+    Field(ge=0, le=0.1, allow_inf_nan=False, description="to 0.1; 0: the recipe's own"),
 ]
 Seed = Annotated[
     int,
-    Field(ge=0, le=2**31 - 1, description="of weights, order and noise, 0 to 2,147,483,647"),
+    Field(
+        ge=OWN,
+        le=2**31 - 1,
+        description="of weights, order and noise, 0 to 2,147,483,647; -1: the recipe's own",
+    ),
 ]
 Precision = Annotated[
-    Literal["fp32", "tf32", "bf16"],
-    Field(description="of convolutions in training; tf32 needs a GPU; figures are always of fp32"),
+    Literal["recipe", "fp32", "tf32", "bf16"],  # an empty choice would be an empty line
+    Field(
+        description="of convolutions in training; recipe: the recipe's own; tf32 needs a GPU; "
+        "figures are always of fp32"
+    ),
 ]
 # A number with bounds: of a choice of numbers, Prefect's form shows 0 as an empty line.
 Gpus = Annotated[
     int,
-    Field(ge=0, le=8, description="0: on the CPU; 1 to 8: on GPUs, which the run has to itself"),
+    Field(
+        ge=OWN,
+        le=8,
+        description="-1: where the recipe's own device says; 0: on the CPU; 1 to 8: on GPUs, "
+        "which the run has to itself",
+    ),
 ]
 Evaluate = Annotated[bool, Field(description="measure bits/dim on validation and test images")]
 Sample = Annotated[bool, Field(description="draw samples and reconstructions")]
@@ -86,16 +100,16 @@ _KINDS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Overrides:
-    """The values of the form; the defaults change nothing but the device."""
+    """The values of the form; each default means the recipe's own, and changes nothing."""
 
     preset: str = "full"
     data: str = ""
     steps: int = 0
     batch_size: int = 0
     learning_rate: float = 0.0
-    seed: int = 0
-    precision: str = "fp32"
-    gpus: int = 0
+    seed: int = OWN
+    precision: str = "recipe"
+    gpus: int = OWN
     evaluate: bool = True
     sample: bool = True
     register: bool = True
@@ -113,8 +127,6 @@ class Overrides:
                 given = shown_url(given) if isinstance(given, str) else repr(given)
                 raise UserError(f"{name}: {given}: {reason}") from None
             object.__setattr__(self, name, value)
-        if self.precision == "tf32" and not self.gpus:
-            raise UserError("precision: tf32 needs a GPU, and gpus is 0; choose fp32 or bf16")
         missing = [name for name in ("evaluate", "sample") if not getattr(self, name)]
         if self.register and missing:
             raise UserError(
@@ -149,7 +161,7 @@ def apply(overrides: Overrides, recipe: str, path: Path = PARAMS) -> Recipe:
     if overrides.preset == "smoke":
         shrink(sections)
     train = sections["train"]
-    if overrides.preset == "full" and train["device"] == "cuda" and not overrides.gpus:
+    if overrides.preset == "full" and train.get("device") == "cuda" and overrides.gpus == 0:
         raise UserError(
             f"gpus: 0 would train {recipe} on the CPU, for years; choose 1, or the preset smoke"
         )
@@ -166,9 +178,17 @@ def apply(overrides: Overrides, recipe: str, path: Path = PARAMS) -> Recipe:
     parts = next(n for n in range(1, share + 1) if not share % n and share // n <= at_once)
     if parts > 1 or "accumulation" in train:
         train["accumulation"] = parts
-    train["seed"] = overrides.seed
-    train["precision"] = overrides.precision
-    train["device"] = "cuda" if overrides.gpus else "cpu"
+    if overrides.seed != OWN:
+        train["seed"] = overrides.seed
+    if overrides.precision != "recipe":
+        train["precision"] = overrides.precision
+    if overrides.gpus != OWN:
+        train["device"] = "cuda" if overrides.gpus else "cpu"
+    if train.get("precision") == "tf32" and train.get("device") == "cpu":
+        raise UserError(
+            f"precision: tf32 needs a GPU, and this run of {recipe} is on the CPU; choose fp32 or "
+            f"bf16, or gpus 1"
+        )
     if overrides.data:
         sections["data"] |= {
             "source": "folder",
@@ -218,6 +238,41 @@ def write_document(document: Any, path: Path) -> None:
         round_trip().dump(document, file)
 
 
+def own_values(recipe: str, path: Path = PARAMS) -> dict[str, str]:
+    """What each field of the form that is left alone means, in words.
+
+    Raises:
+        UserError: for a recipe that is not there or not well formed.
+    """
+    found = load_recipe(recipe, path)
+    train = found.train.to_dict()
+    values = {
+        "data": f"the source {found.data.source} {found.data.path}".rstrip(),
+        "gpus": f"device {train['device']}",
+    }
+    for name in ("steps", "batch_size", "learning_rate", "seed", "precision"):
+        values[name] = _shown(train[name])
+    for name, field in (("steps", "steps"), ("batch_size", "batch_size"), ("device", "gpus")):
+        if _SMOKE[name] != train[name]:
+            values[field] += f" (smoke: {_shown(_SMOKE[name])})"
+    return values
+
+
+def _shown(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+_SMOKE: dict[str, Any] = {  # of the section `train`
+    "steps": 30,
+    "batch_size": 4,
+    "warmup_steps": 5,
+    "log_every": 2,
+    "validate_every": 10,
+    "checkpoint_every": 5,
+    "device": "cpu",
+}
+
+
 def shrink(sections: Any) -> None:
     """Makes a recipe's sections its smoke variant, in place.
 
@@ -236,14 +291,7 @@ def shrink(sections: Any) -> None:
     model["width"] = narrow
     model["latent_channels"] = min(model["latent_channels"], 4)
     model["mixtures"] = min(model["mixtures"], 3)
-    train |= {
-        "steps": 30,
-        "batch_size": 4,
-        "warmup_steps": 5,
-        "log_every": 2,
-        "validate_every": 10,
-        "checkpoint_every": 5,
-    }
+    train |= _SMOKE
     sections["evaluate"]["batch_size"] = min(sections["evaluate"]["batch_size"], 16)
     sections["sample"] |= {"n": 4, "reconstructions": 4}
 

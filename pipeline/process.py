@@ -6,13 +6,15 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -23,6 +25,7 @@ from vdvae.files import open_lock
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _MARK = "VDVAE_FLOW"  # in the environment of every process that a flow starts
 GRACE_SECONDS = 12  # for a checkpoint after SIGTERM; a cancelled run is to be gone in 15
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
@@ -194,14 +197,15 @@ def take_gpus(runs: Path, wanted: int) -> tuple[str, contextlib.ExitStack] | Non
         UserError: this machine has not so many.
     """
     runs.mkdir(parents=True, exist_ok=True)
-    names = _gpus()
+    names = visible_gpus()
     if len(names) < wanted:
         remedy = "choose 0, which trains on the CPU (preset smoke is made for that)"
         if names:
             remedy = f"choose at most {len(names)}"
         raise UserError(
-            f"gpus: {wanted} asked for, but 'nvidia-smi -L' lists {len(names) or 'none'} on this "
-            f"machine; {remedy}"
+            f"gpus: {wanted} asked for, but "
+            f"{'nvidia-smi -L' if named_gpus() is None else _VISIBLE} lists {len(names) or 'none'} "
+            f"on this machine; {remedy}"
         )
     taken: list[str] = []
     with contextlib.ExitStack() as locks:
@@ -214,15 +218,30 @@ def take_gpus(runs: Path, wanted: int) -> tuple[str, contextlib.ExitStack] | Non
         return ",".join(taken), locks.pop_all()
 
 
-def _gpus() -> list[str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible:
-        return visible.split(",")
+def named_gpus(environment: Mapping[str, str] = os.environ) -> list[str] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES names; empty text names none. None: it is not set.
+
+    As CUDA reads it: what stands behind a word that is no GPU's name, such as -1, does not count.
+    """
+    if _VISIBLE not in environment:
+        return None
+    words = (word.strip() for word in environment[_VISIBLE].split(","))
+    return list(takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, words))
+
+
+def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The GPUs that a run may use: those that are named, else all that `nvidia-smi -L` lists."""
+    named = named_gpus(environment)
+    if named is not None:
+        return named
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError):
         return []
-    return [str(index) for index, _ in enumerate(listed.stdout.splitlines())]
+    # A GPU's parts (MIG) are listed below it.
+    return [str(i) for i in range(len(re.findall(r"(?m)^GPU \d", listed.stdout)))]
 
 
 # Processes by what their environment carries. Numbers come round: no signal goes to one without it.

@@ -12,20 +12,26 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from conftest import Project, narrow
+from conftest import ROOT, Project, narrow
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ParameterTypeError
+from prefect.flows import load_flow_from_entrypoint
 from prefect.testing.utilities import prefect_test_harness
+from prefect.utilities.callables import parameter_schema
 from test_overrides import BAD
 
-from pipeline import flows, process
+from pipeline import flows, machine, process
+from pipeline.launch import ranks_here
 from pipeline.overrides import Overrides
+from pipeline.params import load_recipe
+from pipeline.services.settings import Settings
 from vdvae.config import UserError
 
 pytestmark = pytest.mark.integration
@@ -153,6 +159,62 @@ def test_bad_form_values_are_refused_by_name() -> None:
     assert count >= 20
 
 
+def test_each_form_names_the_recipes_own_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `prefect deploy` makes a deployment's form of, and what a run of it is called."""
+    monkeypatch.chdir(ROOT)
+    deployments = yaml.safe_load(Path("prefect.yaml").read_text())["deployments"]
+    entries = {each["name"]: each["entrypoint"] for each in deployments}
+    for recipe in yaml.safe_load(Path("params.yaml").read_text())["recipes"]:
+        flow = load_flow_from_entrypoint(entries[recipe], use_placeholder_flow=False)
+        assert flow.name == "run-recipe"
+        form = parameter_schema(flow).properties
+        train = load_recipe(recipe).train
+        said = {name: field["description"] for name, field in form.items()}
+        assert f"the recipe's own, {train.steps:,} (smoke: 30)" in said["steps"]
+        for field in ("batch_size", "learning_rate", "seed", "precision"):
+            assert f"the recipe's own, {getattr(train, field)}" in said[field]
+        assert f"the recipe's own, device {train.device} (smoke: cpu)" in said["gpus"]
+        assert "the recipe's own, the source " in said["data"]
+        defaults = {name: field.get("default") for name, field in form.items()}
+        assert defaults == asdict(Overrides())
+        assert not any(field.keys() & {"anyOf", "$ref", "allOf"} for field in form.values())
+
+
+def test_a_run_is_named_by_the_seed_that_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for seed, named in ((5, 5), (-1, load_recipe("digits").train.seed)):
+        run = SimpleNamespace(parameters={"preset": "full", "seed": seed})
+        told = SimpleNamespace(flow_run=run, deployment=SimpleNamespace(name="digits"))
+        monkeypatch.setattr(flows, "runtime", told)
+        assert flows._run_name() == f"digits-full-seed{named}"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "own", "visible", "wanted"),
+    [({}, "auto", "0,1,2", 2), ({}, "cpu", "0,1", 0), ({}, "auto", "", 0), ({}, "cuda", "5", 1),
+     ({"preset": "smoke"}, "cuda", "0", 0), ({"gpus": 0}, "auto", "0", 0),
+     ({"gpus": 3}, "cpu", "0,1,2", 3)],
+)  # fmt: skip
+def test_a_run_has_the_gpus_to_itself_that_its_recipe_takes(
+    project: Project, monkeypatch: pytest.MonkeyPatch,
+    chosen: dict[str, Any], own: str, visible: str, wanted: int,
+) -> None:  # fmt: skip
+    project.set(lambda params: params["recipes"]["digits"]["train"].update(device=own))
+    monkeypatch.chdir(project.folder)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert flows._gpus_wanted(Overrides(**chosen), "digits") == wanted
+
+
+def test_a_recipe_for_a_gpu_is_refused_where_there_is_none(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.set(lambda params: params["recipes"]["digits"]["train"].update(device="cuda"))
+    monkeypatch.chdir(project.folder)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match=r"^train.device: 'cuda' is asked for"):
+        flows._gpus_wanted(Overrides(), "digits")
+
+
 def test_a_stage_that_fails_three_times_ends_the_run_with_its_last_lines(
     server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
@@ -262,3 +324,36 @@ def test_one_run_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again[1].close()
     with pytest.raises(UserError, match=r"^gpus: 4 asked for, .* lists 3 .*choose at most 3"):
         process.take_gpus(tmp_path, 4)
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [("", []), ("-1", []), ("1,-1,0", ["1"]), ("GPU-5a, 2", ["GPU-5a", "2"]), (None, ["0", "1"])],
+)
+def test_one_owner_says_which_gpus_are_visible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, names: list[str]
+) -> None:
+    """Empty text is none, for everyone who asks, although nvidia-smi lists two."""
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text(
+        '#!/bin/sh\n[ "$1" = -L ] || { echo "Some GPU"; exit; }\n'
+        'echo "GPU 0: A (UUID: GPU-5a)"; echo "  MIG 1g Device 0: (UUID: MIG-1)"\n'
+        'echo "GPU 1: A (UUID: GPU-5b)"\n'
+    )
+    listing.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert process.visible_gpus() == names
+    assert Settings.from_env(os.environ).runs_at_once == max(1, len(names))
+    assert machine.facts("cuda")["hardware.gpu"] == ("Some GPU" if names else "unknown")
+    if names:
+        taken = process.take_gpus(tmp_path, len(names))
+        assert taken is not None and taken[0] == ",".join(names)
+        taken[1].close()
+        return
+    with pytest.raises(UserError, match=r"^gpus: 1 asked for, but CUDA_VISIBLE_DEVICES lists none"):
+        process.take_gpus(tmp_path, 1)
+    assert ranks_here(load_recipe("digits", ROOT / "params.yaml")) == 1

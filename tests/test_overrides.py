@@ -66,8 +66,24 @@ def test_a_refused_choice_leaves_the_file_as_it_was(params: Path) -> None:
     with pytest.raises(UserError, match=r"^data: "):
         apply(Overrides(data="file:///nowhere"), "digits", params)
     with pytest.raises(UserError, match=r"^gpus: 0 would train ffhq256 on the CPU"):
-        apply(Overrides(), "ffhq256", params)
+        apply(Overrides(gpus=0), "ffhq256", params)
     assert params.read_text() == before
+
+
+def test_a_field_that_is_left_alone_changes_nothing(params: Path) -> None:
+    own = {"seed": 7, "precision": "tf32", "device": "cuda", "accumulation": 2}
+    text = params.read_text()
+    for key, value in own.items():
+        head, digits, rest = text.partition("  digits:\n")
+        text = head + digits + re.sub(rf"(?m)^      {key}: \S+", f"      {key}: {value}", rest)
+    params.write_text(text)
+    before = load_recipe("digits", params)
+    assert before.train.to_dict().items() >= own.items()
+    assert apply(Overrides(), "digits", params) == before
+    assert params.read_text() == text
+    chosen = Overrides(seed=0, precision="fp32", gpus=0, preset="smoke")
+    train = apply(chosen, "digits", params).train
+    assert (train.seed, train.precision, train.device) == (0, "fp32", "cpu")
 
 
 def test_a_folder_becomes_the_source_at_the_recipes_size(
@@ -152,9 +168,9 @@ BAD = {
     "steps": [-1, 10_000_001, "many", 1.5],
     "batch_size": [-1, 5000],
     "learning_rate": [-0.1, 1, float("nan")],
-    "seed": [-1, 2**31],
-    "precision": ["fp8"],
-    "gpus": [9, -1],
+    "seed": [-2, 2**31],
+    "precision": ["fp8", ""],
+    "gpus": [9, -2],
     "evaluate": ["perhaps"],
     "note": ["x" * 501],
 }  # fmt: skip
@@ -167,10 +183,11 @@ def test_bad_values_are_refused_with_the_fields_name(field: str, value: object) 
     assert not re.search("secret|sec/ret", str(caught.value))
 
 
-def test_tf32_is_for_gpus() -> None:
-    with pytest.raises(UserError, match=r"^precision: tf32 needs a GPU, and gpus is 0; choose"):
-        Overrides(precision="tf32")
-    assert Overrides(precision="tf32", gpus=1).precision == "tf32"
+def test_tf32_is_for_gpus(params: Path) -> None:
+    for chosen in ({"gpus": 0}, {"preset": "smoke"}):
+        with pytest.raises(UserError, match=r"^precision: tf32 needs a GPU, and this run"):
+            apply(Overrides(precision="tf32", **chosen), "digits", params)  # type: ignore[arg-type]
+    assert apply(Overrides(precision="tf32", gpus=1), "digits", params).train.precision == "tf32"
 
 
 def test_a_batch_that_gpus_cannot_share_is_refused(params: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -279,3 +280,63 @@ def test_make_clean_removes_caches_and_keeps_what_runs_made(tmp_path: Path) -> N
     succeed("make", "clean", cwd=tmp_path)
     assert [path for path in kept if not path.exists()] == []
     assert [path for path in removed if path.parent.exists()] == []
+
+
+def test_a_stage_runs_under_the_projects_python_whatever_the_shell_has(tmp_path: Path) -> None:
+    """`.venv/bin/dvc`, not activated, starts stages with a python of the PATH, without packages."""
+    bare = tmp_path / "bare"
+    venv.create(bare)
+    settings = {"PYTHONPATH": str(ROOT), "PATH": f"{bare}/bin:/usr/bin:/bin"}
+    stage = ["python", "-m", "pipeline.stages.interpreter"]  # with what all stages begin with
+    # No environment is known: one sentence.
+    done = run("/bin/sh", "-c", f"{' '.join(stage)}; exit $?", cwd=tmp_path, **settings)
+    assert done.returncode == 2
+    (said,) = done.stderr.splitlines()
+    assert said.startswith(f"error: the shell's python, {bare}/bin/python, lacks numpy, ")
+    assert "run '. .venv/bin/activate'" in said
+    # That of the DVC above it, and that of the project.
+    dvc = f"import subprocess; raise SystemExit(subprocess.call({stage}))"
+    done = run(sys.executable, "-c", dvc, cwd=tmp_path, **settings)
+    assert (done.returncode, "error:" in done.stderr) == (0, False)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    done = run(*stage, cwd=tmp_path, **settings)
+    assert (done.returncode, "error:" in done.stderr) == (0, False)
+
+
+def test_an_environment_that_nobody_activated_finds_its_own_python(tmp_path: Path) -> None:
+    """Also where the shell has no `python` at all: what `make setup` puts into .venv."""
+    assert "cp requirements/own-path.pth $(VENV)/lib/" in (ROOT / "Makefile").read_text()
+    bare = tmp_path / "bare"
+    venv.create(bare)
+    python = bare / "bin" / "python"
+    (packages,) = (bare / "lib").glob("python3.*/site-packages")
+    shutil.copy(ROOT / "requirements/own-path.pth", packages)
+    show = "import os; print(os.environ['PATH'])"
+    for path, expected in (
+        ("/usr/bin:/bin", f"{bare}/bin:/usr/bin:/bin"),
+        (f"/stand-in:{bare}/bin:/bin", f"/stand-in:{bare}/bin:/bin"),
+    ):
+        assert succeed(python, "-c", show, cwd=tmp_path, PATH=path).strip() == expected
+
+
+def test_a_downloaded_archive_becomes_a_repository_of_its_own(tmp_path: Path) -> None:
+    """DVC and a run's clone need one; nobody's own is touched, and git need not know who we are."""
+    tracked = git("ls-files").splitlines()
+    archive = tmp_path / "vdvae-main"
+    for name in tracked:
+        (archive / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, archive / name)
+    stranger = {"HOME": str(tmp_path), "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    repository = ("make", "--no-print-directory", "repository")
+    (said,) = succeed(*repository, cwd=archive, **stranger).splitlines()
+    assert said.startswith("make setup: this is no git repository, which DVC needs: it is now one")
+    assert sorted(succeed("git", "ls-files", cwd=archive).splitlines()) == sorted(tracked)
+    assert succeed("git", "status", "--porcelain", cwd=archive) == ""
+    assert len(succeed("git", "log", "--format=%an", cwd=archive).splitlines()) == 1
+    assert succeed(*repository, cwd=archive, **stranger) == ""
+    # Below a repository of the user's it stays theirs.
+    inner = archive / "inner"
+    inner.mkdir()
+    shutil.copy(ROOT / "Makefile", inner)
+    assert succeed(*repository, cwd=inner, **stranger) == ""
+    assert not (inner / ".git").exists()

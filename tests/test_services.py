@@ -88,7 +88,7 @@ def test_the_nightly_check_is_on_the_schedule(services: Services) -> None:
         ("preset", "tiny"), ("preset", 1), ("data", "/etc"), ("data", "http://x/y"),
         ("data", "s3://user:secret@bucket/x"), ("data", 3), ("steps", -1), ("steps", "many"),
         ("steps", 10**9), ("batch_size", -1), ("batch_size", 10**6), ("learning_rate", -0.1),
-        ("learning_rate", 5), ("learning_rate", "fast"), ("seed", -1), ("seed", 2**31),
+        ("learning_rate", 5), ("learning_rate", "fast"), ("seed", -2), ("seed", 2**31),
         ("precision", "fp8"), ("gpus", 9), ("evaluate", "perhaps"), ("note", "x" * 100_000),
     ],
 )  # fmt: skip

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
+from pipeline.process import visible_gpus
 from vdvae.config import UserError, shown
 
 POOL = "vdvae"  # Prefect's work pool, which prefect.yaml names too
@@ -102,7 +102,4 @@ _PORT_SETTINGS = "set VDVAE_PREFECT_PORT, VDVAE_MLFLOW_PORT or VDVAE_S3_PORT to 
 
 def _gpus(environment: Mapping[str, str]) -> int:
     """GPUs that runs may use, at least 1: a machine without any trains one model at a time."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return max(1, len([name for name in visible.split(",") if name.strip()]))
-    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+    return max(1, len(visible_gpus(environment)))

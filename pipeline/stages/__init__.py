@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import pipeline.stages.interpreter  # noqa: F401  first: it may put another python in our place
+
+# isort: split
 from pipeline.exits import CANCELLED, fail, machine_error
 from pipeline.launch import launch, ranks_here
 from pipeline.params import load_recipe
@@ -43,8 +46,9 @@ def main(stage: Callable[[str], None], *, in_ranks: bool = False, computes: bool
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(CANCELLED))
     name = sys.argv[1]
     try:
-        if in_ranks and (size := ranks_here(load_recipe(name))) > 1:
-            sys.exit(launch(f"pipeline.stages.{stage.__name__}", name, size))
+        ranks = ranks_here(load_recipe(name)) if in_ranks else 1
+        if ranks > 1:
+            sys.exit(launch(f"pipeline.stages.{stage.__name__}", name, ranks))
         stage(name)
     except UserError as error:
         fail(error)
