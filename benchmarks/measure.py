@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from vdvae.checkpoint import StateWriter
 from vdvae.config import ModelConfig, TrainConfig
 from vdvae.evaluate import score
 from vdvae.precision import arithmetic, rounding
-from vdvae.summary import Summary, summarise
+from vdvae.summary import summarise
 from vdvae.training import TrainState, start, update
 
 WARM = 3  # calls that are not counted
@@ -61,11 +62,11 @@ class Clock:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes that operations read and write, each on its own, as uncompiled code does."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(
@@ -79,7 +80,7 @@ class Traffic(TorchDispatchMode):
                 touched += tree_leaves(
                     [x for slot, x in changed if slot.alias_info and slot.alias_info.is_write]
                 )
-            self.bytes += sum(x.nbytes for x in touched if isinstance(x, Tensor))
+            self.bytes += sum(int(x.nbytes) for x in touched if isinstance(x, Tensor))
         return made
 
 
@@ -217,7 +218,7 @@ class Measure:
         work = self.work(part, "ours")
         with torch.compiler.set_stance("force_eager"), Traffic() as traffic:
             work()
-        return traffic.bytes
+        return int(traffic.bytes)
 
     def seconds(self, part: str) -> Pairs:
         """Of ours and of the twin, call by call; the twin's are NaN where it has no room."""
@@ -272,7 +273,7 @@ class Measure:
         ratios = sorted(twin / ours for ours, twin in pairs)
         middle, quarter = statistics.median(mine), len(ratios) // 4
         slow, fast = sorted(mine)[-quarter - 1], sorted(mine)[quarter]
-        operations = flop(summarise(self.model), part) * self.images(part)
+        operations = flop(self.model, part) * self.images(part)
         return {
             "ours_ms": f"{1e3 * middle:.1f}",
             "quartiles_ms": f"{1e3 * fast:.0f}-{1e3 * slow:.0f}",
@@ -292,12 +293,16 @@ class Measure:
         }
 
 
-def flop(model: Summary, part: str) -> int:
+_summary = cache(summarise)  # seconds for the largest recipe
+
+
+def flop(model: ModelConfig, part: str) -> int:
     """Of an image, two for a multiplication with addition; 0 where a part has none to speak of."""
+    found = _summary(model)
     of = {
-        "step": model.training_flop,
-        "evaluate": model.forward_flop,
-        "sample": model.sampling_flop,
+        "step": found.training_flop,
+        "evaluate": found.forward_flop,
+        "sample": found.sampling_flop,
     }
     return of.get(part, 0)
 

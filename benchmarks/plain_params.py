@@ -21,6 +21,8 @@ _FROM_DATA = {
 }
 _LINE = re.compile(r'( *)([\w-]+):(?: +("[^"\\]*"|\[[^\]#]*\]|[^\s#"\[][^#]*?))?(?: *| +#.*)')
 
+_NO_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}  # what YAML may read there
+
 
 def read_plain_yaml(text: str) -> dict[str, Any]:
     """Mappings by indentation, whose values are one-line scalars and lists of them.
@@ -59,7 +61,8 @@ def _value(text: str, number: int) -> Any:
         return int(text)
     if re.fullmatch(r"-?\d+\.\d+", text):
         return float(text)
-    if re.fullmatch(r"[A-Za-z1-9][\w./,-]*", text) and not re.fullmatch(r"[-\d_.e]+", text):
+    plain = re.fullmatch(r"[A-Za-z1-9][\w./,-]*", text) and not re.fullmatch(r"[-\d_.e]+", text)
+    if plain and text.lower() not in _NO_TEXT:
         return text
     raise ValueError(f"line {number}: a value that needs a YAML library: {text[:60]!r}")
 

@@ -12,12 +12,16 @@ from pipeline.machine import processor
 from vdvae.files import atomic_write
 
 
-def keep(benchmark: str, into: Path | None = None, **figures: object) -> None:
-    """Appends a row to <benchmark>.csv beside this file, or to another file, and prints it.
+def keep(benchmark: str, **figures: object) -> None:
+    """Appends a row to <benchmark>.csv beside this file, and prints it."""
+    append(Path(__file__).with_name(f"{benchmark}.csv"), figures)
+
+
+def append(path: Path, figures: dict[str, object]) -> None:
+    """Appends a row to a file, and prints it.
 
     A column that the file lacks is added behind its others; earlier rows have nothing in it.
     """
-    path = into or Path(__file__).with_name(f"{benchmark}.csv")
     row = {
         "date": datetime.date.today().isoformat(),
         **figures,
