@@ -40,7 +40,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # nothing is installed here
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036, this Python is whichever is there
     sys.stderr.write(f"make gpu: {sys.executable} is older than Python 3.11; name another: ")
     sys.stderr.write("make gpu PYTHON=/path/to/python3\n")
     sys.exit(2)
