@@ -223,24 +223,33 @@ class Measure:
     def seconds(self, part: str) -> Pairs:
         """Of ours and of the twin, call by call; the twin's are NaN where it has no room."""
         ours, twin = self.work(part, "ours"), self._warm_twin(part)
-        for _ in range(WARM):
-            ours()
+        if not self._fits(ours):  # not beside the twin's weights
+            twin = None
+            self._drop_twin()
+            self._fits(ours)
         return [
             (self._timed(ours), self._timed(twin) if twin else math.nan) for _ in range(self.steps)
         ]
 
     def _warm_twin(self, part: str) -> Callable[[], object] | None:
+        if self._fits(lambda: self.work(part, "twin")()):
+            return self.work(part, "twin")
+        self._drop_twin()
+        return None
+
+    def _drop_twin(self) -> None:
+        self.states.pop("twin", None)
+        torch.cuda.empty_cache()
+
+    def _fits(self, work: Callable[[], object]) -> bool:
         try:
-            twin = self.work(part, "twin")
             for _ in range(WARM):
-                twin()
-            return twin
+                work()
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            self.states.pop("twin", None)
-        torch.cuda.empty_cache()
-        return None
+            return False
+        return True
 
     def _timed(self, work: Callable[[], object]) -> float:
         for writer in self.writers.values():
