@@ -11,17 +11,18 @@ PIP_TORCH_ARGS ?=
 UV ?= uv==0.13.9
 # Empty: the first of python3.11 and python3 that is 3.11 or newer.
 PYTHON ?=
-# More arguments for `dvc repro`, the services, pytest and `uv pip compile`.
+# More arguments for `dvc repro`, the services, pytest, benchmarks/gpu.py and `uv pip compile`.
 REPRO_ARGS ?=
 SERVICES_ARGS ?=
 TEST_ARGS ?=
+GPU_ARGS ?=
 LOCK_ARGS ?=
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo services stop test campaign check lock clean
+.PHONY: help setup demo services stop test campaign gpu check lock clean
 
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -109,6 +110,13 @@ test: setup ## the tests (TEST_ARGS="-k shards" for some of them)
 
 campaign: setup ## many kills, hostile inputs, lost machines, browser, Postgres (CAMPAIGN=10: ten times)
 	@pytest -n 2 --dist loadgroup tests/campaign $(TEST_ARGS)
+
+# Not `setup`: it runs on a machine that has a Python with torch, numpy and safetensors, and no network.
+gpu: ## check and time a CUDA device in under nine minutes; needs no set-up, a python3 with torch will do
+	@python="$(PYTHON)"
+	if [ -z "$$python" ] && [ -e $(VENV)/.complete ]; then python=$(VENV)/bin/python; fi
+	if [ -z "$$python" ]; then python=python3 PATH="$${PATH#*:}"; fi # not that of a .venv half made
+	"$$python" benchmarks/gpu.py $(GPU_ARGS)
 
 check: setup ## format, lint, types, direction of imports
 	@ruff format --check .

@@ -19,163 +19,59 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
-import statistics
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from measure import Measure, copy_bytes, machine, matmul_flops
 from reading import made, plain
 from rows import keep
-from torch import Tensor
 
 from pipeline.params import Recipe, load_recipe
 from pipeline.process import keep_freed_memory
 from pipeline.shards import BlockCache, Manifest, ShardReader
 from pipeline.storage import FileStore
-from vdvae.checkpoint import StateWriter
-from vdvae.config import TrainConfig
-from vdvae.evaluate import score
-from vdvae.precision import arithmetic, exact_float32, rounding
+from vdvae.precision import exact_float32
 from vdvae.summary import summarise
-from vdvae.training import TrainState, start, update
 
 PARTS = ("step", "update", "checkpoint", "evaluate", "sample", "load")
-_WARM = 3  # calls that are not counted
 _LOADED_BYTES = 2**25  # of pixels, in one call of `load`, unless one batch has more
 
 
-class Clock:
-    """Seconds and peak memory of calls on a device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __call__(self, work: Callable[[], object]) -> float:
-        self._settle()
-        began = time.perf_counter()
-        work()
-        self._settle()
-        return time.perf_counter() - began
-
-    def _settle(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def forget_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def peak_mib(self) -> float:
-        """Of the GPU, or of this process with all its libraries."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        status = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
-
-
-def plain_update(state: TrainState, config: TrainConfig) -> None:
-    """The twin of the fused optimiser and averages: one parameter after the other."""
-    step = torch.optim.AdamW(
-        state.model.parameters(),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=False,
-        foreach=False,
-    )
-    step.state = state.optimiser.state
-    step.step()
-    with torch.no_grad():
-        for average, value in zip(state.ema.parameters(), state.model.parameters(), strict=True):
-            average.lerp_(value, 1 - config.ema_decay)
-
-
-def fused_update(state: TrainState, config: TrainConfig) -> None:
-    """What `vdvae.training.update` does after the gradients."""
-    state.optimiser.step()
-    with torch.no_grad():
-        averages: list[Tensor] = list(state.ema.parameters())
-        values: list[Tensor] = list(state.model.parameters())
-        torch._foreach_lerp_(averages, values, 1 - config.ema_decay)
-
-
-class Measure:
-    """Ours and the twin with the same images and noise."""
+class WithReading(Measure):
+    """The parts that read images, too."""
 
     def __init__(self, recipe: Recipe, words: argparse.Namespace) -> None:
-        self.device = torch.device(words.device)
-        self.clock, self.recipe, self.steps = Clock(self.device), recipe, words.steps
-        batch = words.batch or recipe.train.batch_size // recipe.train.accumulation
         recompute = words.recompute_from
-        self.recompute_from = recipe.train.recompute_from if recompute is None else recompute
-        plain = replace(recipe.train, batch_size=batch, precision="fp32", compile=False,
-                        channels_last=False, recompute_from=0, accumulation=1)  # fmt: skip
-        ours = replace(plain, precision=words.precision, compile=words.compile,
-                       channels_last=True, recompute_from=self.recompute_from)  # fmt: skip
-        self.configs = {"ours": ours, "twin": plain}
-        generator = torch.Generator().manual_seed(0)
-        model = recipe.model
-        size = (batch, model.image_channels, model.image_size, model.image_size)
-        x_BCHW = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-        self.x_BCHW = x_BCHW.to(self.device)
-        self.noise_BN = torch.randn(batch, model.num_latents, generator=generator).to(self.device)
-        self.states: dict[str, TrainState] = {}
+        train = replace(
+            recipe.train,
+            batch_size=words.batch or recipe.train.batch_size // recipe.train.accumulation,
+            accumulation=1,
+            precision=words.precision,
+            compile=words.compile,
+            recompute_from=recipe.train.recompute_from if recompute is None else recompute,
+        )
+        super().__init__(recipe.model, train, torch.device(words.device), words.steps)
         self.manifest: Manifest | None = None  # of the images of `load`
-        self.folder = tempfile.TemporaryDirectory()
-        self.writers = {who: StateWriter(Path(self.folder.name) / who, 1) for who in self.configs}
 
     def work(self, part: str, who: str) -> Callable[[], object]:
         """One call of what is measured."""
-        config = self.configs[who]
-        if part == "load":
-            return self._load(who)
-        if who not in self.states:
-            self.states[who] = start(self.recipe.model, config, self.device)
-        state = self.states[who]
-        if part == "step":
-            return lambda: update(state, config, self.x_BCHW, self.noise_BN)
-        if part == "update":
-            run = fused_update if who == "ours" else plain_update
-            return lambda: run(state, config)
+        return self._load(who) if part == "load" else super().work(part, who)
 
-        if part == "checkpoint":
-            writer = self.writers[who]
-            writer.folder.mkdir(exist_ok=True)
-
-            def save() -> None:
-                state.save(writer)
-                if who == "twin":
-                    writer.wait()
-
-            return save
-
-        def without_gradients() -> object:
-            with arithmetic(config.precision, self.device):
-                if part == "evaluate":
-                    return score(state.ema, self.x_BCHW, seed=0)
-                return state.ema.sample(len(self.x_BCHW))
-
-        return without_gradients
-
-    @property
-    def loaded(self) -> int:
-        """Images in one call of `load`."""
+    def images(self, part: str) -> int:
+        """In one call."""
+        if part != "load":
+            return self.batch
         assert self.manifest
-        batch = len(self.x_BCHW)
-        return self.manifest.splits["train"].images // batch * batch
+        return self.manifest.splits["train"].images // self.batch * self.batch
 
     def _load(self, who: str) -> Callable[[], object]:
-        folder, batch, model = Path(self.folder.name), len(self.x_BCHW), self.recipe.model
+        folder, batch = Path(self.folder.name), self.batch
         store = FileStore(folder / "store")
         if not self.manifest:
-            images = max(_LOADED_BYTES // model.dims, batch) + 64  # some for the other splits
-            self.manifest = made(folder, store, images, model.image_size)
+            images = max(_LOADED_BYTES // self.model.dims, batch) + 64  # some for the other splits
+            self.manifest = made(folder, store, images, self.model.image_size)
         if who == "twin":
             shards = self.manifest.splits["train"].shards
             paths = [str(store.folder / shard.key) for shard in shards]
@@ -185,59 +81,10 @@ class Measure:
 
         def once() -> None:
             with contextlib.closing(reader.batches(batch, seed=0)) as batches:
-                for _ in range(self.loaded // batch):
+                for _ in range(self.images("load") // batch):
                     next(batches)
 
         return once
-
-    def peak_mib(self, part: str) -> float:
-        """Of ours; called before there is a twin."""
-        work = self.work(part, "ours")
-        self.clock.forget_peak()
-        for _ in range(_WARM):
-            work()
-        return self.clock.peak_mib()
-
-    def seconds(self, part: str) -> list[tuple[float, float]]:
-        """Of ours and of the twin, call by call; the twin's are NaN where it has no room."""
-        ours, twin = self.work(part, "ours"), self._warm_twin(part)
-        for _ in range(_WARM):
-            ours()
-        return [
-            (self._timed(ours), self._timed(twin) if twin else math.nan) for _ in range(self.steps)
-        ]
-
-    def _warm_twin(self, part: str) -> Callable[[], object] | None:
-        try:
-            twin = self.work(part, "twin")
-            for _ in range(_WARM):
-                twin()
-            return twin
-        except torch.OutOfMemoryError:
-            self.states.pop("twin", None)
-        torch.cuda.empty_cache()
-        return None
-
-    def _timed(self, work: Callable[[], object]) -> float:
-        for writer in self.writers.values():
-            writer.wait()  # nothing is written beside what is timed
-        return self.clock(work)
-
-    def matmul_flops(self) -> float:
-        """FLOP/s of a large matrix product in ours' precision: the best of several."""
-        n = 8192 if self.device.type == "cuda" else 2048
-        kind = torch.bfloat16 if self.configs["ours"].precision == "bf16" else torch.float32
-        a, b = (torch.randn(n, n, device=self.device).to(kind) for _ in range(2))
-        with rounding(self.configs["ours"].precision):
-            a @ b
-            return float(2 * n**3 / min(self.clock(lambda: a @ b) for _ in range(10)))
-
-    def copy_bytes(self) -> float:
-        """Bytes/s, read and written, of a large copy: the best of several."""
-        a = torch.zeros(2**26, device=self.device)
-        b = torch.empty_like(a)
-        b.copy_(a)
-        return 2 * a.numel() * 4 / min(self.clock(lambda: b.copy_(a)) for _ in range(10))
 
 
 def main() -> None:
@@ -257,52 +104,28 @@ def main() -> None:
     keep_freed_memory()  # for both, as the stages do
     exact_float32()
     recipe = load_recipe(words.recipe)
-    measure = Measure(recipe, words)
-    batch, model = len(measure.x_BCHW), summarise(recipe.model)
+    measure = WithReading(recipe, words)
     parts = [part for part in PARTS if part in words.only.split(",")]
     if "step" not in parts and "update" in parts:
         measure.work("step", "ours")(), measure.work("step", "twin")()  # gradients to update by
     peaks = {part: measure.peak_mib(part) for part in parts}
-    limits = {"matmul": measure.matmul_flops(), "copy": measure.copy_bytes()}
-    flop = {
-        "step": 3 * model.forward_flop * batch,
-        "evaluate": model.forward_flop * batch,
-        "sample": model.sampling_flop * batch,
-    }
+    device, size = measure.device, 8192 if words.device == "cuda" else 2048
+    limits = {"matmul": matmul_flops(device, words.precision, size), "copy": copy_bytes(device)}
     for part in parts:
         pairs = measure.seconds(part)
-        mine, theirs = zip(*pairs, strict=True)
-        ratios = sorted(twin / ours for ours, twin in pairs)
-        middle, quarter = statistics.median(mine), len(ratios) // 4
-        slow, fast = sorted(mine)[-quarter - 1], sorted(mine)[quarter]
-        images = measure.loaded if part == "load" else batch
-        moved = {
-            "update": 10 * 4 * model.parameters,  # weights, moments, averages both ways, gradients
-            "load": 2 * images * recipe.model.dims,  # pixels, read and written
+        moved: dict[str, int] = {
+            # weights, moments, averages both ways, gradients
+            "update": 10 * 4 * summarise(recipe.model).parameters,
+            # pixels, read and written
+            "load": 2 * measure.images(part) * recipe.model.dims,
         }
         keep(
             "recipe",
             recipe=words.recipe,
             part=part,
-            batch=batch,
-            precision=words.precision,
-            compile=words.compile,
-            recompute_from=measure.recompute_from,
-            ours_ms=f"{1e3 * middle:.1f}",
-            quartiles_ms=f"{1e3 * fast:.0f}-{1e3 * slow:.0f}",
-            twin_ms=f"{1e3 * statistics.median(theirs):.1f}",
-            twin_over_ours=f"{statistics.median(ratios):.2f}",
-            quartiles=f"{ratios[quarter]:.2f}-{ratios[-quarter - 1]:.2f}",
-            images_per_second=f"{images / middle:.2f}",
-            peak_mib=f"{peaks[part]:.0f}",
-            gflops=f"{flop[part] / middle / 1e9:.0f}" if part in flop else "",
-            matmul_gflops=f"{limits['matmul'] / 1e9:.0f}",
-            gbytes_s=f"{moved[part] / middle / 1e9:.2f}" if part in moved else "",
-            copy_gbytes_s=f"{limits['copy'] / 1e9:.1f}",
-            steps=words.steps,
-            threads=words.threads,
-            device=torch.cuda.get_device_name() if words.device == "cuda" else "cpu",
-            torch=torch.__version__,
+            **measure.settings(),
+            **measure.figures(part, pairs, peaks[part], limits, moved.get(part)),
+            **machine(device, words.steps),
         )
 
 
