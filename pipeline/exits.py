@@ -17,6 +17,7 @@ from vdvae.files import shown_path
 BAD_INPUT = 2  # an error that the user can mend
 AWAY = 75  # a server did not answer (sysexits' EX_TEMPFAIL): the same command may work later
 CANCELLED = 143  # after SIGTERM: 128 + 15
+_LONGEST = 2000  # characters of an error
 _READER_GONE = 141  # as if by SIGPIPE: 128 + 13
 
 
@@ -26,7 +27,10 @@ class Away(UserError):
 
 def fail(error: UserError | str) -> NoReturn:
     """Says what is wrong in one line and exits: BAD_INPUT, or AWAY where that is behind it."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    sentence = " ".join(str(error).split())
+    if len(sentence) > _LONGEST:  # what somebody else wrote is repeated in it
+        sentence = f"{sentence[: _LONGEST // 2]} … {sentence[-_LONGEST // 2 :]}"
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
     behind: BaseException | None = error if isinstance(error, UserError) else None
     while behind is not None and not isinstance(behind, Away):
         behind = behind.__cause__ or behind.__context__
