@@ -53,7 +53,7 @@ class Images(PythonModel):
         Raises:
             ValueError: for images of another shape or type, or a parameter out of bounds.
         """
-        given = params or {}
+        given = {key: value for key, value in (params or {}).items() if value is not None}
         mode, seed = given.get("mode", "score"), int(given.get("seed", 0))
         images = np.asarray(model_input)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != self.shape_HWC:
