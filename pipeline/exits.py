@@ -17,6 +17,7 @@ from vdvae.files import shown_path
 BAD_INPUT = 2  # an error that the user can mend
 AWAY = 75  # a server did not answer (sysexits' EX_TEMPFAIL): the same command may work later
 CANCELLED = 143  # after SIGTERM: 128 + 15
+_LONGEST = 2000  # characters of an error
 _READER_GONE = 141  # as if by SIGPIPE: 128 + 13
 
 
@@ -29,8 +30,11 @@ def fail(error: UserError | str) -> NoReturn:
 
     An error with `sentences`, about one file each, gets a line for each.
     """
-    for sentence in getattr(error, "sentences", [error]):
-        print(f"error: {' '.join(str(sentence).split())}", file=sys.stderr, flush=True)
+    for each in getattr(error, "sentences", [error]):
+        sentence = " ".join(str(each).split())
+        if len(sentence) > _LONGEST:  # what somebody else wrote is repeated in it
+            sentence = f"{sentence[: _LONGEST // 2]} … {sentence[-_LONGEST // 2 :]}"
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
     behind: BaseException | None = error if isinstance(error, UserError) else None
     while behind is not None and not isinstance(behind, Away):
         behind = behind.__cause__ or behind.__context__

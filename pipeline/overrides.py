@@ -331,11 +331,13 @@ def allowed_place(data: str) -> str:
     # With a slash behind both, s3://bucket/ab is not below s3://bucket/a.
     if not any(f"{place}/".startswith(f"{root.rstrip('/')}/") for root in roots):
         raise UserError(
-            f"data: {data!r} is not below {' or '.join(roots)}; put the images there, "
+            f"data: {shown_url(data)} is not below {' or '.join(roots)}; put the images there, "
             f"or let the service's owner add their folder or bucket to VDVAE_DATA_ROOTS"
         )
     if not address and not Path(place).is_dir():
-        raise UserError(f"data: {data!r} is not a folder on this machine; check its spelling")
+        raise UserError(
+            f"data: {shown_url(data)} is not a folder on this machine; check its spelling"
+        )
     return place
 
 
@@ -347,5 +349,5 @@ def _folder(data: str) -> Path:
         )
     written = Path(unquote(data.removeprefix("file://")))
     if ".." in written.parts or "\0" in str(written):
-        raise UserError(f"data: {data!r} holds '..'; write the folder's own path")
+        raise UserError(f"data: {shown_url(data)} holds '..'; write the folder's own path")
     return Path(os.path.realpath(written))  # where links lead in a circle, no folder

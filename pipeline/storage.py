@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from pipeline.exits import Away
 from vdvae.config import UserError
+from vdvae.config import shown as shown_value
 from vdvae.files import atomic_write
 
 _RANGE_BYTES = 2**20  # of a large object, asked for at once
@@ -123,7 +124,7 @@ def shown_url(url: str) -> str:
     """What a person gave as a URL for a message, unless a secret may be in it."""
     if re.search("://.*[@?]", url, re.DOTALL):
         return "an address with a user name, a password or a query"
-    return repr(url)
+    return shown_value(url)
 
 
 class FileStore(Store):

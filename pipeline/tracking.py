@@ -60,6 +60,11 @@ def without_credentials(url: str) -> str:
     return re.sub(r"(?<=//)[^/]*@", "", url).partition("?")[0]
 
 
+def is_server(tracking_uri: str) -> bool:
+    """Whether it names an MLflow server; urlsplit would raise for `http://[`."""
+    return tracking_uri.startswith(("http://", "https://"))
+
+
 def sqlite_path(tracking_uri: str) -> Path | None:
     """The database file of a sqlite tracking URI, absolute, links followed; None for any other URI.
 
@@ -98,8 +103,7 @@ def _refusal(tracking_uri: str, error: Exception) -> type[UserError]:
     from mlflow.exceptions import MlflowException
 
     refused = isinstance(error, MlflowException) and error.get_http_status_code() < 500
-    served = urlsplit(tracking_uri).scheme in ("http", "https")
-    return Away if served and not refused else UserError
+    return Away if is_server(tracking_uri) and not refused else UserError
 
 
 def connect(tracking_uri: str) -> MlflowClient:
@@ -556,7 +560,7 @@ def _experiment(client: MlflowClient, tracking_uri: str) -> str:
         # one stands in. A server has its own.
         database = sqlite_path(tracking_uri)
         root = (database.parent if database else project_root().resolve() / "mlruns") / "artifacts"
-        location = None if urlsplit(tracking_uri).scheme in ("http", "https") else root.as_uri()
+        location = None if is_server(tracking_uri) else root.as_uri()
         try:
             return client.create_experiment(EXPERIMENT, artifact_location=location)
         except MlflowException:  # another process was faster, or it is a real error

@@ -9,11 +9,17 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
 
+from pipeline.launch import ranks_here
+from pipeline.params import load_recipe
 from pipeline.process import alone, try_lock
+from pipeline.services.settings import Settings
+from pipeline.shards.jobs import _count, open_workers
 from pipeline.tracking import connect, locked
 from pipeline.yaml_files import MOST_BYTES, MOST_NESTING, parse_yaml, read_yaml
 from vdvae.config import UserError
+from vdvae.distributed import ranks
 from vdvae.files import atomic_path, atomic_write, open_regular, parse_json, read_json
 
 
@@ -156,3 +162,47 @@ def test_yaml_within_bounds_is_what_it_was(tmp_path: Path) -> None:
     assert read_yaml(path) == {"base": {"a": 1}, "other": {"a": 1, "b": 2}}
     with pytest.raises(UserError, match="is a folder"):
         read_yaml(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "9" * 5000, "-1", "65536", "1.5", "http://["])
+def test_numbers_and_addresses_of_the_environment_are_bounded(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("VDVAE_PREFECT_PORT", "VDVAE_RUNS_AT_ONCE", "VDVAE_ORIGIN")
+    for name in names if text == "http://[" else names[:2]:
+        with pytest.raises(UserError, match=f"^{name}: ") as caught:
+            Settings.from_env({name: text})
+        assert len(str(caught.value)) < 300
+    for name, read in (
+        ("VDVAE_RANKS", lambda: ranks_here(load_recipe("digits"))),
+        ("VDVAE_SHARD_WORKERS", _count),
+        ("WORLD_SIZE", lambda: ranks(torch.device("cpu")).__enter__()),
+    ):
+        with (
+            monkeypatch.context() as patched,
+            pytest.raises(UserError, match=f"^{name}: ") as found,
+        ):
+            patched.setenv(name, text)
+            read()
+        assert len(str(found.value)) < 300
+
+
+def test_a_rank_that_no_group_has_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "9")
+    with pytest.raises(UserError, match=r"^RANK: '9' is not a number from 0 to 1"):
+        ranks(torch.device("cpu")).__enter__()
+
+
+def test_a_database_that_would_end_with_its_process_is_refused() -> None:
+    for uri in ("sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:///?x=1", "sqlite:x.db"):
+        with pytest.raises(UserError, match=r"names no file.*write sqlite:///PATH"):
+            connect(uri)
+    with pytest.raises(UserError, match=r"MLflow at http://\[ does not answer"):
+        connect("http://[")
+
+
+def test_a_cluster_whose_address_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VDVAE_DASK", "tls://")
+    with pytest.raises(UserError, match=r"^VDVAE_DASK: the scheduler at 'tls://'"), open_workers():
+        pass

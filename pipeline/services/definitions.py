@@ -12,12 +12,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from pipeline.params import Places
 from pipeline.services.folder import FOLDER
 from pipeline.services.service import Service
 from pipeline.services.settings import POOL, Settings
+from pipeline.tracking import is_server
 from vdvae.config import UserError
 
 _S3_PORTS = (
@@ -28,7 +28,7 @@ _S3_PORTS = (
 
 def own_mlflow() -> bool:
     """Whether MLflow is ours to serve: MLFLOW_TRACKING_URI names no server."""
-    return urlsplit(Places.from_env().tracking_uri).scheme not in ("http", "https")
+    return not is_server(Places.from_env().tracking_uri)
 
 
 def common_environment(settings: Settings) -> dict[str, str]:
