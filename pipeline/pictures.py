@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,6 +106,7 @@ def draw_progress(
     columns: int,
     seed: int,
     batch_size: int,
+    between: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes what a model in training has learnt: samples by temperature, and a ladder.
 
@@ -119,16 +120,20 @@ def draw_progress(
         columns: samples at each temperature.
         seed: of the draws.
         batch_size: most images at once.
+        between: called before each part of the pictures; what it raises leaves no picture half.
     """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    samples = [
-        draw_samples(model, columns, temperature, generator, batch_size)
-        for temperature in _TEMPERATURES
-    ]
+    samples = []
+    for temperature in _TEMPERATURES:
+        between()
+        samples.append(draw_samples(model, columns, temperature, generator, batch_size))
     save_grid(folder / f"samples-{step:09d}.png", small(np.concatenate(samples)), columns)
-    parts = [draw_ladder(model, part, generator) for part in x_BCHW.split(batch_size)]
+    parts = []
+    for part in x_BCHW.split(batch_size):
+        between()
+        parts.append(draw_ladder(model, part, generator))
     rows = np.concatenate([images for images, _ in parts])
     save_grid(folder / f"reconstructions-{step:09d}.png", small(rows), parts[0][1])
 
