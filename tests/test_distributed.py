@@ -107,6 +107,7 @@ def main(folder: Path) -> None:
         part_of_a_run(group, folder / "passed on", config, 7)
         for work in ("validation", "pictures"):
             stopped_by_one(group, folder / work, config, work)
+            group.wait()  # until the first has written it
             part_of_a_run(group, folder / work, config, 99)
         if group.first:
             (folder / "found.json").write_text(json.dumps(found))
