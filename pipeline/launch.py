@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,7 @@ RANKS = "VDVAE_RANKS"
 _MOST = 64
 _TOLD = (BAD_INPUT, AWAY)  # exit codes after a sentence for the user
 _LAST_WORDS = ("Traceback (most recent call last)", "error: ")
+_TORCHS_PREFIX = re.compile(r"\[rank\d+\]: ?")  # of a traceback's lines
 _READ_BYTES = 1 << 16
 _KEPT_LOGS = 8
 _GRACE_SECONDS = 10  # for the other ranks to end by themselves when one has failed
@@ -175,6 +177,8 @@ class _Log:
 
     def _take(self, line: bytes) -> None:
         text = line.decode(errors="replace").rstrip()
+        if found := _TORCHS_PREFIX.match(text):
+            text = text[found.end() :]
         if self._last_words is None and text.startswith(_LAST_WORDS):
             self._last_words = deque(maxlen=1000)
         if self._last_words is None:

@@ -223,7 +223,7 @@ if os.environ["RANK"] == "1":
     (here / "said").touch()
     os.kill(os.getpid(), signal.SIGKILL)
 wait_for("said")
-sys.exit("Traceback (most recent call last): the other has gone")
+sys.exit("[rank0]: Traceback (most recent call last): the other has gone")
 """
 
 
