@@ -73,6 +73,7 @@ from vdvae.files import read_json
 warnings.filterwarnings("ignore", message='Field name "register"')
 
 _REMEDY = "run it again"
+_PARENT = os.getppid()  # of a deployment's run, its worker
 _ATTEMPTS = 3  # of a stage whose process was lost, or whose network was
 _PAUSE_SECONDS = (2, 10)  # before the second and the third
 _AWAY_SECONDS = (30, 120)  # where a server did not answer, which may be starting again
@@ -200,7 +201,7 @@ forms = _Forms()
 def _run(recipe: str, overrides: Overrides, in_clone: bool) -> State[None] | None:
     logger = get_run_logger()
     if _engine():
-        process.end_with_parent()  # a worker that is killed leaves no flow
+        process.end_with_parent(_PARENT)  # a worker that is killed leaves no flow
     os.environ["VDVAE_FLOW_RUN"] = str(runtime.flow_run.id)  # for the stages' records
     origin = None
     if in_clone:
@@ -570,7 +571,7 @@ def evaluate_champion(recipe: str) -> State[None] | None:
     """
     try:
         if _engine():
-            process.end_with_parent()
+            process.end_with_parent(_PARENT)
             experiment.share_places(experiment.origin_of_clone())
         return _rescore(recipe)
     except UserError as error:

@@ -6,16 +6,23 @@ torchrun does the same over any number of machines (docs/operations.md); then th
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Self
 
 from pipeline.exits import AWAY, BAD_INPUT, CANCELLED
+from pipeline.params import Places
 from pipeline.process import end_with_parent, named_gpus
 from vdvae.config import UserError, shown
 
@@ -24,6 +31,11 @@ if TYPE_CHECKING:
 
 RANKS = "VDVAE_RANKS"
 _MOST = 64
+_TOLD = (BAD_INPUT, AWAY)  # exit codes after a sentence for the user
+_LAST_WORDS = ("Traceback (most recent call last)", "error: ")
+_TORCHS_PREFIX = re.compile(r"\[rank\d+\]: ?")  # of a traceback's lines
+_READ_BYTES = 1 << 16
+_KEPT_LOGS = 8
 _GRACE_SECONDS = 10  # for the other ranks to end by themselves when one has failed
 
 
@@ -86,42 +98,119 @@ def launch(module: str, name: str, size: int) -> int:
     """
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vdvae-ranks-"))
-        # Kept open: after weeks, the system's cleaner of old files may have taken their names.
-        logs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(size)]
+        said = _log_folder(f"{module.rpartition('.')[2]}-{name}")
+        logs = [stack.enter_context(_Log(said, rank)) for rank in range(size)]
         processes: list[subprocess.Popen[bytes]] = []
+        stopped = False
 
         def end_all(number: int = signal.SIGTERM) -> None:
             for process in processes:
                 process.send_signal(number)
 
-        signal.signal(signal.SIGTERM, lambda number, frame: end_all())
-        signal.signal(signal.SIGINT, lambda number, frame: end_all())
+        def stop(number: int, frame: FrameType | None) -> None:
+            nonlocal stopped
+            stopped = True
+            end_all()
+
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
         for rank, log in enumerate(logs):
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", module, name],
                     env={**os.environ, **rank_environment(rank, size, Path(folder))},
                     stdout=None if rank == 0 else subprocess.DEVNULL,
-                    stderr=log,
-                    preexec_fn=end_with_parent,  # not only after seconds of imports
+                    stderr=log.file,
+                    preexec_fn=partial(end_with_parent, os.getpid()),
                 )
             )
+        if stopped:  # before the last of them was there
+            end_all()
         try:
-            first = _first_to_fail(processes)
+            first = _first_to_fail(processes, logs)
         finally:
             end_all(signal.SIGKILL)
             for process in processes:
                 process.wait()
-        logs[first].seek(0)
-        sys.stderr.write(logs[first].read().decode(errors="replace"))
+        for log in logs:
+            log.pass_on()
+        logs[first].end()
         code = processes[first].returncode
         if code < 0:
             print(f"rank {first} was killed by signal {-code}; run the same command again to go on")
+        if code == 0:
+            shutil.rmtree(said, ignore_errors=True)
+        elif code not in (*_TOLD, CANCELLED):
+            print(f"what each rank said on stderr: {said}", flush=True)
         return code if code >= 0 else 128 - code
 
 
-def _first_to_fail(processes: list[subprocess.Popen[bytes]]) -> int:
-    """Waits for all; the rank that the others failed after, or the first rank where none did.
+class _Log:
+    """What one rank says on stderr: in a file that outlives us all, passed on line by line.
+
+    Of ranks that fail, all but one break off since another did. So a rank's last words, from a
+    traceback or an error's sentence on, wait until it is known whose are to be told.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        path = folder / f"rank-{rank}.log"
+        self.file, self._reader, self._rank = path.open("ab"), path.open("rb"), rank
+        self._last_words: deque[str] | None = None
+        self._begun = b""  # of a line whose end is to come
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self._reader.close()
+
+    def pass_on(self) -> None:
+        """Passes on the whole lines that came since the last call."""
+        while part := self._reader.read(_READ_BYTES):
+            *lines, self._begun = (self._begun + part).split(b"\n")
+            for line in lines:
+                self._take(line)
+            if len(self._begun) > _READ_BYTES:
+                self._take(self._begun)
+                self._begun = b""
+
+    def end(self) -> None:
+        """Tells its last words."""
+        if self._begun:
+            self._take(self._begun)
+            self._begun = b""
+        for text in self._last_words or ():
+            self._say(text)
+
+    def _take(self, line: bytes) -> None:
+        text = line.decode(errors="replace").rstrip()
+        if found := _TORCHS_PREFIX.match(text):
+            text = text[found.end() :]
+        if self._last_words is None and text.startswith(_LAST_WORDS):
+            self._last_words = deque(maxlen=1000)
+        if self._last_words is None:
+            self._say(text)
+        else:
+            self._last_words.append(text)
+
+    def _say(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # nobody listens: no reason to end the ranks
+            print(f"rank {self._rank}: {text}", file=sys.stderr, flush=True)
+
+
+def _log_folder(what: str) -> Path:
+    """A new folder $VDVAE_RUNS/ranks/WHAT-TIME-PROCESS; of those of `what` the newest are kept."""
+    place = Places.from_env().runs / "ranks"
+    for old in sorted(place.glob(f"{glob.escape(what)}-2*"))[: -_KEPT_LOGS + 1]:
+        shutil.rmtree(old, ignore_errors=True)
+    folder = place / f"{what}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _first_to_fail(processes: list[subprocess.Popen[bytes]], logs: list[_Log]) -> int:
+    """Waits for all, passing on what they say; the rank that the others failed after, or the first.
 
     Who breaks off takes the others along within moments, so that they may be seen to fail at once:
     then it is the one that was killed, or that has a sentence for the user.
@@ -129,6 +218,8 @@ def _first_to_fail(processes: list[subprocess.Popen[bytes]]) -> int:
     failed: dict[int, int] = {}  # exit codes, in the order of the failures
     deadline = float("inf")
     while any(process.poll() is None for process in processes):
+        for log in logs:
+            log.pass_on()
         for rank, process in enumerate(processes):
             if rank not in failed and process.poll() not in (None, 0):
                 failed[rank] = process.returncode
@@ -152,5 +243,5 @@ def _first_to_fail(processes: list[subprocess.Popen[bytes]]) -> int:
 
 def _cause(failed: dict[int, int]) -> int:
     # Of several alike the one that was seen first.
-    told = (BAD_INPUT, AWAY)
+    told = (*_TOLD, CANCELLED)
     return min(failed, key=lambda r: (failed[r] >= 0, failed[r] not in told), default=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,6 +100,7 @@ def draw_progress(
     *,
     columns: int,
     seed: int,
+    between: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes what a model in training has learnt: samples by temperature, and a ladder.
 
@@ -112,11 +113,19 @@ def draw_progress(
         step: of training.
         columns: samples at each temperature.
         seed: of the draws.
+        between: called before each part of the pictures; what it raises leaves no picture half.
     """
-    samples = [draw_samples(model, columns, temperature, seed) for temperature in _TEMPERATURES]
+    samples = []
+    for temperature in _TEMPERATURES:
+        between()
+        samples.append(draw_samples(model, columns, temperature, seed))
     save_grid(folder / f"samples-{step:09d}.png", small(np.concatenate(samples)), columns)
-    rows, wide = draw_ladder(model, x_BCHW, seed)
-    save_grid(folder / f"reconstructions-{step:09d}.png", small(rows), wide)
+    parts = []
+    for image_BCHW in x_BCHW.split(1):
+        between()
+        parts.append(draw_ladder(model, image_BCHW, seed))
+    rows = np.concatenate([images for images, _ in parts])
+    save_grid(folder / f"reconstructions-{step:09d}.png", small(rows), parts[0][1])
 
 
 def picture_interval(steps: int, log_every: int) -> int:

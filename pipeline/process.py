@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from types import FrameType
 from typing import IO
 
 from pipeline.exits import CANCELLED
+from pipeline.params import env_number
 from vdvae.config import UserError
 from vdvae.files import open_lock
 
@@ -27,13 +29,39 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _MARK = "VDVAE_FLOW"  # in the environment of every process that a flow starts
-GRACE_SECONDS = 12  # for a checkpoint after SIGTERM; a cancelled run is to be gone in 15
+GRACE = "VDVAE_GRACE_SECONDS"
+_GRACE_SECONDS = 120  # imagenet64's checkpoint, 2.5 GB, at 25 MB/s; an early end is not waited for
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
-def end_with_parent() -> None:
-    """Asks the system for SIGTERM when the parent dies, so that a killed DVC leaves no trainer."""
+def grace_seconds() -> float:
+    """How long a process may take to end after SIGTERM, say to write a checkpoint, before SIGKILL.
+
+    Raises:
+        UserError: VDVAE_GRACE_SECONDS is no number from 0 to 86400.
+    """
+    return env_number(GRACE, _GRACE_SECONDS, 0, 86_400)
+
+
+def end_with_parent(parent: int | None = None) -> None:
+    """Asks the system for SIGTERM when the parent dies, so that a killed DVC leaves no trainer.
+
+    A parent that died before we asked is not told, so it is looked for: where it has gone, this
+    process ends by SIGTERM as if it had been.
+
+    Args:
+        parent: its number, where whoever started us can say it, as in
+            `preexec_fn=partial(end_with_parent, os.getpid())`.
+    """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    here = os.getppid()
+    gone = parent not in (None, here)
+    if "DVC_STAGE" in os.environ and "RANK" not in os.environ:
+        # DVC starts a stage in its own process group; whom orphans are given to is in another.
+        with contextlib.suppress(OSError):  # a parent whom we may not look at
+            gone |= os.getpgid(here) != os.getpgrp()
+    if gone:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def adopt_orphans() -> None:
@@ -59,35 +87,36 @@ def keep_freed_memory() -> None:
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a question that a loop asks after each step."""
+    """Turns SIGTERM and SIGINT into a question that a loop asks after each step.
 
-    def __init__(self) -> None:
-        self.asked = False
+    Before it has `begun` there is nothing to be kept, and they end the process at once.
+    """
+
+    def __init__(self, begun: bool = True) -> None:
+        self.asked, self.begun = False, begun
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        if not self.begun:
+            sys.exit(CANCELLED)
 
 
 @contextlib.contextmanager
 def alone(
-    lock: Path,
-    patience_seconds: float = 30,
-    doing: str = "training this",
-    stop: StopRequest | None = None,
+    lock: Path, patience_seconds: float | None = None, doing: str = "training this"
 ) -> Iterator[None]:
     """Holds a file lock; waits while a run that was cut off writes its last checkpoint.
 
     Args:
         lock: the file; whoever holds it has its number in there.
-        patience_seconds: how long to wait; where that is without end, the wait is told.
+        patience_seconds: how long to wait, which is told; by default the time of grace that the
+            other has, and some.
         doing: what the lock is held for.
-        stop: where it has turned signals into a question, which is asked while waiting, too.
 
     Raises:
         UserError: where another process still holds it after that, or its folder cannot be made.
-        SystemExit: asked to stop.
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -95,16 +124,16 @@ def alone(
         raise UserError(
             f"{lock.parent}: cannot be made ({error.strerror}); set VDVAE_RUNS to another folder"
         ) from None
+    if patience_seconds is None:
+        patience_seconds = grace_seconds() + 20
     with open_lock(lock) as file:
         deadline = time.monotonic() + patience_seconds
-        told = patience_seconds < float("inf")
+        told = False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if stop is not None and stop.asked:
-                    raise SystemExit(CANCELLED) from None
                 file.seek(0)
                 holder = f"process {file.read().strip() or 'unknown'} is {doing}"
                 if not told:
@@ -163,7 +192,7 @@ def reap(runs: Path) -> int:
         if file is None:
             continue
         with file:
-            ended += end_all(partial(_carries, lock.stem), GRACE_SECONDS)
+            ended += end_all(partial(_carries, lock.stem), grace_seconds())
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
             lock.unlink(missing_ok=True)
     return ended

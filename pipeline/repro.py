@@ -17,12 +17,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from pipeline.params import no_recipe, read_params
-from pipeline.process import GRACE_SECONDS, adopt_orphans, end_with_parent
+from pipeline.process import adopt_orphans, end_with_parent, grace_seconds
 from vdvae.config import UserError
 
 STAGES = ("shard", "train", "evaluate", "sample", "register")
@@ -65,6 +66,7 @@ def run_stage(stage: str, recipe: str, on_line: Callable[[str], None]) -> None:
 
     Raises:
         StageFailed: the stage ended with another code than 0; 143 after a signal to us.
+        UserError: VDVAE_GRACE_SECONDS is no number of seconds.
     """
     target = f"{stage}@{recipe}"
     command = [sys.executable, "-m", "dvc", "repro", "-s", target]
@@ -77,6 +79,7 @@ def run_stage(stage: str, recipe: str, on_line: Callable[[str], None]) -> None:
         "SHELL": "/bin/sh",  # which DVC uses; a person's own may be anything
         "PYTHONUNBUFFERED": "1",
     }
+    grace = grace_seconds()
     adopt_orphans()
     child = subprocess.Popen(
         command,
@@ -87,12 +90,12 @@ def run_stage(stage: str, recipe: str, on_line: Callable[[str], None]) -> None:
         text=True,
         errors="replace",
         start_new_session=True,
-        preexec_fn=end_with_parent,
+        preexec_fn=partial(end_with_parent, os.getpid()),
     )
     assert child.stdout is not None
     tail: deque[str] = deque(maxlen=_TAIL)
     stopped = False
-    patience = threading.Timer(GRACE_SECONDS, _signal, (child.pid, signal.SIGKILL))
+    patience = threading.Timer(grace, _signal, (child.pid, signal.SIGKILL))
     patience.daemon = True
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -109,7 +112,7 @@ def run_stage(stage: str, recipe: str, on_line: Callable[[str], None]) -> None:
                 on_line(line.rstrip())
             code = child.wait()
         finally:
-            _end(child)
+            _end(child, grace)
             patience.cancel()
     if stopped:
         raise StageFailed(target, 128 + signal.SIGTERM, list(tail), stopped=True)
@@ -183,11 +186,11 @@ def _signal(group: int, number: int) -> bool:
     return True
 
 
-def _end(child: subprocess.Popen[str]) -> None:
+def _end(child: subprocess.Popen[str], grace: float) -> None:
     """Ends the child's whole group: TERM, a time of grace, KILL; returns when it is gone."""
     if not _signal(child.pid, signal.SIGTERM):
         return
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + grace
     while _still_there(child):
         if time.monotonic() > deadline:
             _signal(child.pid, signal.SIGKILL)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline import experiment, tracking
 from pipeline.overrides import Overrides
 from pipeline.params import Places, load_recipe
+from pipeline.process import end_with_parent
 from pipeline.yaml_files import parse_yaml
 from vdvae.config import UserError
 from vdvae.files import atomic_write_json, parse_json
@@ -98,7 +101,10 @@ def run_seeds(recipe: str, seeds: list[int], settings: dict[str, Any]) -> None:
 def _run(recipe: str, overrides: Overrides, name: str) -> None:
     """One run in a process of its own: what a kill leaves of it then carries this run's mark."""
     words = [recipe, json.dumps(asdict(overrides)), name]
-    done = subprocess.run([sys.executable, "-m", "pipeline.seeds", *words])
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.seeds", *words],
+        preexec_fn=partial(end_with_parent, os.getpid()),
+    )
     if done.returncode:
         raise SystemExit(done.returncode)
 
@@ -185,8 +191,6 @@ def _table(result: dict[str, Any]) -> str:
 if __name__ == "__main__":
     from pipeline import flows
     from pipeline.exits import as_a_command
-    from pipeline.process import end_with_parent
 
-    end_with_parent()
     with as_a_command():
         flows.main(sys.argv[1], Overrides(**json.loads(sys.argv[2])), sys.argv[3])

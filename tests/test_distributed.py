@@ -23,7 +23,8 @@ from test_training import CPU, MODEL, settings
 
 from vdvae.config import TrainConfig, UserError
 from vdvae.distributed import ALONE, Ranks, _fresh, ranks
-from vdvae.training import noise_of, share_of, start, train, update
+from vdvae.model import VDVAE
+from vdvae.training import Stopped, noise_of, share_of, start, train, update
 
 BATCH = 8
 CONFIG = settings(batch_size=BATCH, warmup_steps=20, learning_rate=3e-3)
@@ -67,6 +68,28 @@ def part_of_a_run(group: Ranks, folder: Path, config: TrainConfig, until: int) -
     return hash(b"".join(value.numpy().tobytes() for value in model.state_dict().values()))
 
 
+def stopped_by_one(group: Ranks, folder: Path, config: TrainConfig, work: str) -> None:
+    """Trains until one rank is asked to stop: in a validation the second, in pictures the first."""
+
+    def batches(seen: int) -> Iterator[torch.Tensor]:
+        while True:
+            yield images(seen).chunk(group.size)[group.rank]
+            seen += BATCH
+
+    def validate(model: VDVAE) -> float:
+        if not group.all_agree(work != "validation" or group.first):
+            raise Stopped
+        return 1.0
+
+    def look(step: int, model: VDVAE) -> None:
+        raise Stopped
+
+    config = replace(config, validate_every=3)
+    look_on = look if group.first and work == "pictures" else None
+    done = train(MODEL, config, batches, folder, lambda p: True, validate, look_on, group)
+    assert done is None
+
+
 def main(folder: Path) -> None:
     """What each of two ranks does."""
     torch.set_num_threads(1)
@@ -82,6 +105,10 @@ def main(folder: Path) -> None:
         part_of_a_run(group, folder / "cut", config, 7)
         part_of_a_run(group, folder / "cut", config, 99)
         part_of_a_run(group, folder / "passed on", config, 7)
+        for work in ("validation", "pictures"):
+            stopped_by_one(group, folder / work, config, work)
+            group.wait()  # until the first has written it
+            part_of_a_run(group, folder / work, config, 99)
         if group.first:
             (folder / "found.json").write_text(json.dumps(found))
 
@@ -135,6 +162,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_two_ranks_go_on_bit_for_bit(folder: Path) -> None:
     whole, cut = weights(folder / "whole"), weights(folder / "cut")
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("work", ["validation", "pictures"])
+def test_where_one_rank_is_asked_to_stop_all_do_and_go_on(folder: Path, work: str) -> None:
+    whole, cut = weights(folder / "whole"), weights(folder / work)
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import experiment, process
+from pipeline import experiment
 from pipeline.params import Places, load_recipe, raw_path, read_params
 from pipeline.stages.train import code_of, run_digest
 from vdvae.config import UserError
@@ -255,14 +254,3 @@ def test_a_clone_shares_dvcs_cache_whatever_its_path(
     monkeypatch.setenv("VDVAE_DVC_CACHE", str(tmp_path / name))
     experiment.prepare(None)
     assert Config.load_file(".dvc/config.local")["cache"] == {"dir": str(tmp_path / name)}
-
-
-def test_who_waits_for_a_training_without_end_can_be_stopped(tmp_path: Path) -> None:
-    asked = SimpleNamespace(asked=True)  # as after SIGTERM
-    with (
-        process.alone(tmp_path / "a.lock"),
-        pytest.raises(SystemExit) as ended,
-        process.alone(tmp_path / "a.lock", math.inf, stop=asked),
-    ):
-        pytest.fail("two have the lock")
-    assert ended.value.code == 143

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -58,3 +59,18 @@ def test_pictures_of_training_show_what_was_learnt_and_nothing_else(tmp_path: Pa
     last = sheet[306:456, 458:608].astype(float)  # the third image itself, reduced
     original = x_BCHW[2].reshape(3, 150, 2, 150, 2).double().mean(dim=(2, 4))
     assert np.abs(last - original.permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_pictures_that_are_broken_off_are_whole_or_not_there(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = VDVAE(
+        ModelConfig(image_size=4, image_channels=1, encoder="4x1", decoder="4x1", width=4,
+                    latent_channels=1, mixtures=1, bottleneck=1.0)
+    )  # fmt: skip
+    x_BCHW = torch.randint(0, 256, (2, 1, 4, 4), dtype=torch.uint8)
+    for asked, whole in ((1, []), (4, []), (6, ["samples-000000005.png"])):
+        questions = iter(range(1, asked))
+        with pytest.raises(StopIteration):
+            draw_progress(model, x_BCHW, tmp_path, 5, columns=1, seed=1, batch_size=1,
+                          between=lambda questions=questions: next(questions))  # fmt: skip
+        assert [path.name for path in tmp_path.iterdir()] == whole

@@ -16,7 +16,7 @@ from conftest import Project
 from test_road import curves, mlflow_runs
 
 from pipeline.exits import AWAY, CANCELLED
-from pipeline.launch import _cause
+from pipeline.launch import _cause, _Log, launch
 from pipeline.process import environment_of
 
 pytestmark = pytest.mark.integration
@@ -144,7 +144,51 @@ def test_who_was_killed_or_has_a_sentence_is_the_cause() -> None:
     assert _cause({1: 1, 0: 2}) == 0
     assert _cause({1: 1, 0: AWAY}) == 0
     assert _cause({2: 1, 0: 1}) == 2
+    assert _cause({1: 1, 0: CANCELLED}) == 0
     assert _cause({}) == 0
+
+
+_SPEAKS = """
+import os, pathlib, signal, sys, time
+here = pathlib.Path(os.environ["HERE"])
+def wait_for(name):
+    while not (here / name).exists():
+        time.sleep(0.01)
+if os.environ["RANK"] == "1":
+    print("warming up", file=sys.stderr, flush=True)
+    wait_for("heard")
+    print("cut off in the mid", end="", file=sys.stderr, flush=True)
+    (here / "said").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+wait_for("said")
+sys.exit("[rank0]: Traceback (most recent call last): the other has gone")
+"""
+
+
+def test_what_ranks_say_is_passed_on_as_it_comes_and_outlives_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "speaks.py").write_text(_SPEAKS)
+    for name, value in (("PYTHONPATH", tmp_path), ("HERE", tmp_path), ("VDVAE_RUNS", tmp_path)):
+        monkeypatch.setenv(name, str(value))
+    say = _Log._say
+
+    def heard(log: _Log, text: str) -> None:
+        say(log, text)
+        (tmp_path / "heard").touch()  # rank 1 waits for it
+
+    monkeypatch.setattr(_Log, "_say", heard)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert launch("speaks", "digits", 2) == 128 + signal.SIGKILL
+    output, errors = capfd.readouterr()
+    assert errors.splitlines() == ["rank 1: warming up", "rank 1: cut off in the mid"]
+    (folder,) = (tmp_path / "ranks").iterdir()
+    assert output.splitlines() == [
+        "rank 1 was killed by signal 9; run the same command again to go on",
+        f"what each rank said on stderr: {folder}",
+    ]
+    assert (folder / "rank-0.log").read_text().endswith("the other has gone\n")
+    assert (folder / "rank-1.log").read_text() == "warming up\ncut off in the mid"
 
 
 def test_what_the_doctor_finds_is_in_mlflow(project: Project) -> None:

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from vdvae.checkpoint import load, read_newest_state, save
 from vdvae.config import ModelConfig, TrainConfig, UserError
 from vdvae.evaluate import content_key, evaluate, image_noise, in_batches, score
 from vdvae.model import VDVAE
-from vdvae.training import Progress, learning_rate, start, train, update
+from vdvae.training import Progress, Stopped, learning_rate, start, train, update
 
 MODEL = ModelConfig(
     image_size=4,
@@ -169,6 +170,69 @@ def test_asked_to_stop_it_writes_a_checkpoint_first(tmp_path: Path) -> None:
     assert found[1]["step"] == 7
     model, _ = undisturbed(folder, settings())
     assert same(weights(expected), weights(model))
+
+
+def cut_off(folder: Path, config: TrainConfig, work: str, call: int, end: BaseException) -> None:
+    """Trains until the so-many-th (from 0) validation or pictures, in which it ends so."""
+    done: list[str] = []
+
+    def begins(what: str) -> None:
+        done.append(what)
+        if done.count(work) > call:
+            raise end
+
+    def validate(model: VDVAE) -> float:
+        begins("validation")
+        return validation(model)
+
+    def pictures(step: int, model: VDVAE) -> None:
+        begins("pictures")
+
+    model = train(MODEL, config, batches, folder, lambda p: True, validate, pictures)
+    assert model is None
+
+
+@pytest.mark.parametrize("work", ["validation", "pictures"])
+@pytest.mark.parametrize("end", [Killed(), Stopped()])
+def test_cut_off_between_a_checkpoint_and_what_follows_it_loses_no_step(
+    tmp_path: Path, work: str, end: BaseException
+) -> None:
+    """Steps 4, 8 and 12, the last, are each saved, then validated, then looked at."""
+    config = settings(validate_every=4, log_every=4, learning_rate=0.3, ema_decay=0.0)
+    expected, history = undisturbed(tmp_path / "whole", config)
+    assert sum("validation_bits_per_dim" in point for point in history) == 3
+    for call, step in enumerate((4, 8, 12)):
+        folder = tmp_path / str(step)
+        with nullcontext() if isinstance(end, Stopped) else pytest.raises(Killed):
+            cut_off(folder, config, work, call, end)
+        found = read_newest_state(folder)
+        assert found is not None
+        assert found[1]["step"] == step
+        model, resumed = undisturbed(folder, config)
+        assert same(weights(expected), weights(model))
+        assert without_time(history) == without_time(resumed)
+
+
+def test_stopped_in_a_validation_without_a_checkpoint_it_writes_one(tmp_path: Path) -> None:
+    config = settings(validate_every=6)
+    expected, history = undisturbed(tmp_path / "whole", config)
+
+    folder = tmp_path / "cut"
+    cut_off(folder, config, "validation", 0, Stopped())
+    found = read_newest_state(folder)
+    assert found is not None
+    assert found[1]["step"] == 6
+    model, resumed = undisturbed(folder, config)
+    assert same(weights(expected), weights(model))
+    assert without_time(history) == without_time(resumed)
+
+
+def test_a_run_cut_off_in_its_last_validation_keeps_it_when_it_is_to_go_on(tmp_path: Path) -> None:
+    """That validation was due since the run was to end there, and is part of its curves."""
+    cut_off(tmp_path, settings(validate_every=6, steps=5), "validation", 0, Stopped())
+    _, history = undisturbed(tmp_path, settings(validate_every=6))
+    validated = [point["step"] for point in history if "validation_bits_per_dim" in point]
+    assert validated == [5, 6, 12]
 
 
 def test_a_longer_run_goes_on_from_a_finished_one(tmp_path: Path) -> None:

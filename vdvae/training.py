@@ -32,6 +32,10 @@ from vdvae.precision import autocast, check_precision, rounding
 Batches = Callable[[int], Iterator[Tensor]]
 
 
+class Stopped(Exception):
+    """Raised by `validate` or `look`, where they were asked to stop half-way."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """What a run tells after each step; a false answer makes it write a checkpoint and end."""
@@ -39,7 +43,7 @@ class Progress:
     step: int
     steps: int
     point: Point | None  # where this step closed an interval of the curves
-    saved: bool  # this step's state, with the points of `history`, is on its way to the disk
+    saved: bool  # this step's state is on its way to the disk, with all points or but for `point`
     history: list[Point]  # all points since the run began, on however many machines it ran
     findings: list[Finding] = field(default_factory=list)  # the doctor's, new at this step
 
@@ -61,6 +65,9 @@ class TrainState:
     findings_seen: dict[str, int] = field(default_factory=dict)  # the doctor's memory
     history: list[Point] = field(default_factory=list)
     window: dict[str, float] = field(default_factory=dict)  # sums since the last point
+    # This step's point, which is not in `history` before it was validated (where it is to be: True)
+    # and looked at: both take long, so that a checkpoint is written before them.
+    pending: tuple[Point, bool] | None = None
 
     def save(self, writer: StateWriter) -> None:
         """Hands a checkpoint to the writer, which copies what may change."""
@@ -81,6 +88,7 @@ class TrainState:
             "findings_seen": dict(self.findings_seen),
             "history": list(self.history),
             "window": dict(self.window),
+            "pending": self.pending and (dict(self.pending[0]), self.pending[1]),
         }
         writer.write(self.step, tensors, state)
 
@@ -130,6 +138,9 @@ class TrainState:
         self.findings_seen = state["findings_seen"]
         self.history = state["history"]
         self.window = state["window"]
+        if state.get("pending"):  # older states have none
+            point, due = state["pending"]
+            self.pending = point, due
 
     def _check(self, tensors: dict[str, Tensor], where: str) -> None:
         """Checks what a checkpoint holds: whole parts of this model's shapes, finite throughout."""
@@ -350,13 +361,14 @@ def train(
         folder: of the checkpoints, which the first rank writes and all read.
         on_progress: told after every step; where any rank answers no, all end.
         validate: bits/dim of a model on validation images, the same on every rank; called every
-            `validate_every` steps.
+            `validate_every` steps, after that step's checkpoint. It may raise `Stopped`, on every
+            rank; so may `look`: then all end, and validate that step once more when they go on.
         look: shown the step and the averaged weights at every point of the curves; its time and
             validation's are not in images/s. It draws from generators of its own.
         ranks: who takes part.
 
     Returns:
-        The finished model, or None where `on_progress` answered no.
+        The finished model, or None where it was asked to stop.
 
     Raises:
         UserError: where the doctor stops the run, the batch does not part evenly, or the machine
@@ -385,36 +397,47 @@ def train(
         )
         following = next(stream, None)
         clock, clock_step, saved_at = time.monotonic(), state.step, time.monotonic()
-        while not _finished(state, config):
-            noise_BN = noise_of(config, state.step, mine, model_config.num_latents, device)
-            assert following is not None, "batches ended"
-            x_BCHW, following = following, next(stream, None)
-            figures = update(state, config, x_BCHW, noise_BN, ranks)
-            _add_to_window(state.window, figures)
-            findings = doctor.streak(config, state.skipped_in_a_row, figures["gradient_norm"])
-            point: Point | None = None
-            last = state.step == config.steps
-            if state.step % config.log_every == 0 or last:
-                seconds = time.monotonic() - clock
-                images_per_second = (state.step - clock_step) * config.batch_size / seconds
-                point = _close_window(state, config, images_per_second) | _peak_memory(device)
-                due = config.validate_every and (state.step % config.validate_every == 0 or last)
-                if validate is not None and due:
-                    _select_best(state, point, validate(state.ema))
-                if look is not None:
-                    look(state.step, state.ema)
+        while state.pending or not _finished(state, config):
+            findings: list[Finding] = []
+            saved = True  # where a resumed step is still to be validated
+            if state.pending is None:
+                noise_BN = noise_of(config, state.step, mine, model_config.num_latents, device)
+                assert following is not None, "batches ended"
+                x_BCHW, following = following, next(stream, None)
+                figures = update(state, config, x_BCHW, noise_BN, ranks)
+                _add_to_window(state.window, figures)
+                findings += doctor.streak(config, state.skipped_in_a_row, figures["gradient_norm"])
+                last = state.step == config.steps
+                if state.step % config.log_every == 0 or last:
+                    seconds = time.monotonic() - clock
+                    images_per_second = (state.step - clock_step) * config.batch_size / seconds
+                    point = _close_window(state, config, images_per_second) | _peak_memory(device)
+                    due = config.validate_every and (
+                        state.step % config.validate_every == 0 or last
+                    )
+                    state.pending = point, bool(due)
+                minutes = (time.monotonic() - saved_at) / 60
+                late = 0 < config.checkpoint_minutes <= minutes
+                saved = last or late or state.step % config.checkpoint_every == 0
+                if saved:
+                    saved_at = time.monotonic()
+                    if ranks.first:
+                        state.save(writer)
+            closed: Point | None = None
+            if state.pending:
+                closed = _validated(state, validate, look, ranks)
+                if closed is None:
+                    if not saved and ranks.first:
+                        state.save(writer)
+                    return None
                 clock, clock_step = time.monotonic(), state.step
-                state.history.append(point)
                 findings += doctor.examine(model_config, config, state.history, state.findings_seen)
             last = _finished(state, config)
-            minutes = (time.monotonic() - saved_at) / 60
-            late = 0 < config.checkpoint_minutes <= minutes
-            saved = last or late or state.step % config.checkpoint_every == 0
-            if saved:
-                saved_at = time.monotonic()
+            if last and not saved:  # patience ended
+                saved = True
                 if ranks.first:
                     state.save(writer)
-            told = Progress(state.step, config.steps, point, saved, state.history, findings)
+            told = Progress(state.step, config.steps, closed, saved, state.history, findings)
             go_on = ranks.all_agree(on_progress(told))
             for finding in findings:
                 if finding.stops:
@@ -424,6 +447,33 @@ def train(
                     state.save(writer)
                 return None
     return state.finished_model()
+
+
+def _validated(
+    state: TrainState,
+    validate: Callable[[VDVAE], float] | None,
+    look: Callable[[int, VDVAE], None] | None,
+    ranks: Ranks,
+) -> Point | None:
+    """Moves the pending point to the history; where any rank is stopped in it, nothing changes."""
+    assert state.pending is not None
+    point, due = state.pending
+    bits: float | None = None
+    stopped = False
+    try:
+        if validate is not None and due:
+            bits = validate(state.ema)
+        if look is not None:
+            look(state.step, state.ema)
+    except Stopped:
+        stopped = True
+    if not ranks.all_agree(not stopped):
+        return None
+    if bits is not None:
+        _select_best(state, point, bits)
+    state.history.append(point)
+    state.pending = None
+    return point
 
 
 def _finished(state: TrainState, config: TrainConfig) -> bool:

@@ -13,13 +13,13 @@ from typing import IO, Any
 
 from pipeline.process import end_all, environment_of, send, try_lock
 from pipeline.services import definitions, folder
-from pipeline.services.folder import FOLDER, GRACE_SECONDS, LOCK, LOGS, MARK, ours
+from pipeline.services.folder import FOLDER, LOCK, LOGS, MARK, grace_seconds, ours
 from pipeline.services.service import answers
 from pipeline.services.settings import Settings
 from vdvae.config import UserError
 
 _READY_SECONDS = 180
-_STOP_SECONDS = 120
+_STOP_SECONDS = 60  # beside the time that its flow runs have
 
 
 def start(settings: Settings) -> None:
@@ -37,7 +37,7 @@ def start(settings: Settings) -> None:
         print("the services are running already")
     else:
         with lock:
-            end_all(ours, GRACE_SECONDS)  # left by a supervisor that was killed
+            end_all(ours, grace_seconds())  # left by a supervisor that was killed
             for name, setting, host, port in settings.listeners(definitions.own_mlflow()):
                 _check_free(name, setting, host, port)
             folder.remove_record()
@@ -55,7 +55,7 @@ def stop() -> None:
     lock = try_lock(LOCK)
     if running := lock is None:
         told = 0
-        deadline = time.monotonic() + _STOP_SECONDS
+        deadline = time.monotonic() + _STOP_SECONDS + 2 * grace_seconds()
         while (lock := try_lock(LOCK)) is None:
             # One that has just begun has not said its number yet.
             supervisor = int((folder.read_record() or {}).get("supervisor", 0))
@@ -66,7 +66,7 @@ def stop() -> None:
                 told = supervisor
             time.sleep(0.1)
     with lock:
-        left = end_all(ours, GRACE_SECONDS)
+        left = end_all(ours, grace_seconds())
         folder.remove_record()
     if running:
         print("the services have stopped")

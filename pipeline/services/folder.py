@@ -5,15 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline import process
 from vdvae.files import atomic_write_json, read_json
 
 FOLDER = Path("services")
 LOCK = FOLDER / "lock"  # held by the supervisor for as long as it lives
 LOGS = FOLDER / "logs"
 MARK = "VDVAE_SERVICES"  # in the environment of every process: the folder
-GRACE_SECONDS = 40  # a flow run has 30 s to end after it was cancelled
+_CANCEL_SECONDS = 40  # a flow run has 30 s to end after it was cancelled, whatever it runs
 _FLOW_RUN = "PREFECT__FLOW_RUN_ID"  # Prefect's own mark in the processes of a flow run
 _RECORD = FOLDER / "state.json"
+
+
+def grace_seconds() -> float:
+    """How long a flow run may take to end, and to leave nothing that still writes a checkpoint."""
+    return _CANCEL_SECONDS + process.grace_seconds()
 
 
 def ours(environment: dict[str, str]) -> bool:

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from pipeline.params import Places
 from pipeline.process import StopRequest, end_all, end_with_parent
 from pipeline.services import definitions, folder
-from pipeline.services.folder import FOLDER, GRACE_SECONDS, LOGS, of_a_flow_run
+from pipeline.services.folder import FOLDER, LOGS, grace_seconds, of_a_flow_run
 from pipeline.services.prefect_api import PrefectApi
 from pipeline.services.service import Service, answers
 from pipeline.services.settings import Settings
@@ -125,7 +126,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=end_with_parent,
+                preexec_fn=partial(end_with_parent, os.getpid()),
             )
         try:
             while child.poll() is None:
@@ -177,7 +178,7 @@ class Supervisor:
 
     def _before_worker(self) -> None:
         """No worker ever looks after the runs of one that died: that is done here."""
-        end_all(of_a_flow_run, GRACE_SECONDS)
+        end_all(of_a_flow_run, grace_seconds())
         self._settle_lost_runs()
         temporary = FOLDER / "tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -197,7 +198,7 @@ class Supervisor:
         for service in reversed(self.services):
             if service.name == "worker":
                 service.end()
-                end_all(of_a_flow_run, GRACE_SECONDS)
+                end_all(of_a_flow_run, grace_seconds())
                 self._settle_lost_runs()
             else:
                 service.end()
@@ -207,7 +208,7 @@ class Supervisor:
         if not any(service.name == "worker" for service in self.services):
             return
         self.api.set_up_pool(0)  # what is scheduled waits for the next start
-        deadline = time.monotonic() + GRACE_SECONDS
+        deadline = time.monotonic() + grace_seconds()
         asked: set[str] = set()
         while (runs := self.api.active_runs()) and time.monotonic() < deadline:
             for run in runs:

@@ -181,9 +181,7 @@ def _begin(parent: int) -> None:
     # What the stage does on a signal is its own; a worker goes with it, however it goes.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
-    if os.getppid() != parent:
-        os._exit(1)
+    end_with_parent(parent)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pipeline.params import Recipe
     from pipeline.shards import Manifest
 
+_PARENT = os.getppid()  # before the stage's own imports, in whose seconds it may be killed
+
 # Read by OpenMP when torch is imported. Where something else wants a core, threads that spin while
 # they wait for each other make training many times slower; less spinning halves that for free.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -39,7 +41,7 @@ def main(stage: Callable[[str], None], *, in_ranks: bool = False, computes: bool
     """
     if len(sys.argv) != 2:
         sys.exit(f"usage: python -m {stage.__module__} RECIPE")
-    end_with_parent()
+    end_with_parent(_PARENT)
     if computes:
         keep_freed_memory()
     # Unwinds, so that MLflow's run is KILLED; training has an answer of its own.

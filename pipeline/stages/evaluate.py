@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pipeline.journal import BufferedRun
@@ -17,10 +18,14 @@ from pipeline.storage import open_store
 from vdvae.files import atomic_write, atomic_write_json, sha256_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.params import EvaluateConfig
     from vdvae.distributed import Ranks
     from vdvae.evaluate import Scores
     from vdvae.model import VDVAE
+
+    Batch = tuple[list[str], Tensor]  # names of images, and the images
 
 SPLITS = ("validation", "test")
 _CAVEATS = {
@@ -98,15 +103,28 @@ def scores_of(
     settings: EvaluateConfig,
     passes: int = 1,
     iwae: int = 0,
+    watched: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
 ) -> Scores | None:
-    """The scores of a split's images, of which each rank takes its own; on the first of them."""
+    """The scores of a split's images, of which each rank takes its own; on the first of them.
+
+    Args:
+        group: who scores.
+        model: on its device.
+        reader: of the split.
+        settings: batch size and seed.
+        passes: see `vdvae.evaluate.score`.
+        iwae: see there.
+        watched: stands between the reader and the model, batch by batch, on every rank.
+    """
     from vdvae.evaluate import checked, evaluate, interleaved
 
-    batches = reader.scan(settings.batch_size, group.rank, group.size)
+    batches = watched(reader.scan(settings.batch_size, group.rank, group.size))
     mine = len(range(group.rank, reader.images, group.size))
     found = None  # of a rank beyond the number of images; an empty split is the first one's to say
     if mine or group.first:
         found = evaluate(model, batches, settings.seed, mine, passes=passes, iwae=iwae)
+    else:
+        next(batches, None)  # ends at once, for whoever watches
     parts = [part for part in group.gather(found) if part is not None]
     return checked(interleaved(parts), reader.images) if parts else None
 

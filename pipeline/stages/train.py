@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ from vdvae.files import atomic_write, sha256_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.stages.evaluate import Batch
     from vdvae.distributed import Ranks
     from vdvae.doctor import Point
     from vdvae.model import VDVAE
@@ -54,7 +56,7 @@ _SAMPLES, _LADDERS = 8, 4  # most columns and rows in pictures of training
 
 def train(name: str) -> None:
     """Trains a recipe; exits with 143 where a signal ended it after a checkpoint."""
-    stop = StopRequest()
+    stop = StopRequest(begun=False)
     recipe = load_recipe(name)
 
     from vdvae.distributed import ranks
@@ -67,8 +69,8 @@ def train(name: str) -> None:
     folder = places.runs / f"{name}-{run_digest(recipe, manifest)}"
     lock = folder.with_suffix(".lock")
     # In a grid several experiments may share a training; only a person is told to wait.
-    patience = 30 if project_root() == Path.cwd() else math.inf
-    with ranks(device) as group, alone(lock, patience, stop=stop) if group.first else nullcontext():
+    patience = None if project_root() == Path.cwd() else math.inf
+    with ranks(device) as group, alone(lock, patience) if group.first else nullcontext():
         if group.first and _recorded_by_dvc(recipe, folder):
             # Finished and taken over: `dvc repro -f` starts afresh. Renamed first, so that a kill
             # leaves all of it or nothing.
@@ -116,7 +118,8 @@ class _Part:
             return reader.batches(size, seed, start, group.rank, group.size)
 
         def validate(model: VDVAE) -> float:
-            scores = scores_of(group, model, validation, recipe.evaluate)
+            watched = partial(self.until_stopped, validation.images)
+            scores = scores_of(group, model, validation, recipe.evaluate, watched=watched)
             return group.shared(scores.summary()["bits_per_dim"] if scores else 0.0)
 
         model = train(
@@ -135,9 +138,38 @@ class _Part:
             raise SystemExit(CANCELLED)  # which the run takes for KILLED
         return model
 
+    def until_stopped(self, images: int, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """This rank's batches of so many images, until any rank is asked to stop.
+
+        Raises:
+            Stopped: then, on every rank.
+        """
+        from vdvae.training import Stopped
+
+        # The same number of questions on every rank, with a batch or without.
+        for _ in range(math.ceil(images / (self.group.size * self.recipe.evaluate.batch_size))):
+            if not self.group.all_agree(not self.stop.asked):
+                raise Stopped
+            batch = next(batches, None)
+            if batch is not None:
+                yield batch
+        yield from batches  # none: a reader counts as we do
+
+    def goes_on(self) -> bool:
+        """Whether no signal asked this rank to stop; from the first call on they wait for this."""
+        self.stop.begun = True
+        return not self.stop.asked
+
+    def check_stop(self) -> None:
+        """Raises Stopped where a signal has asked for it."""
+        from vdvae.training import Stopped
+
+        if self.stop.asked:
+            raise Stopped
+
 
 def _follow(part: _Part) -> None:
-    part.train(lambda progress: not part.stop.asked)
+    part.train(lambda progress: part.goes_on())
 
 
 def _lead(part: _Part, device: str) -> None:
@@ -170,6 +202,7 @@ def _lead(part: _Part, device: str) -> None:
                 step,
                 columns=min(recipe.sample.n, _SAMPLES),
                 seed=recipe.train.seed,
+                between=part.check_stop,
             )
 
     def on_progress(progress: Progress) -> bool:
@@ -188,7 +221,7 @@ def _lead(part: _Part, device: str) -> None:
             run.sync()
         if progress.point is not None:
             _tell(progress, progress.point, recipe.train.batch_size)
-        return not part.stop.asked
+        return part.goes_on()
 
     with BufferedRun(opened, places.runs) as run:
         count = min(recipe.sample.reconstructions, _LADDERS)
