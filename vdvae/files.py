@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -36,14 +37,17 @@ def target_of(path: Path) -> Path:
     """The file that writing to `path` replaces: where it is a link, what the link names.
 
     Raises:
-        UserError: a folder, device, FIFO or socket is there, or the path cannot be followed.
+        UserError: a folder, device, FIFO or socket is there, or links lead in a circle.
+        OSError: the path cannot be followed.
     """
     try:
         _check_regular(path, os.stat(path).st_mode, "name a file to write")
     except FileNotFoundError:
         pass
-    except (OSError, ValueError) as error:  # ValueError: a zero byte
-        raise _unusable(path, error, "name another place") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _unusable(path, error, "name another place") from None
+        raise
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
@@ -149,7 +153,9 @@ def parse_json(text: bytes | str, where: str, remedy: str, *, finite: bool = Tru
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not readable as JSON ({str(error)[:300]}); {remedy}") from None
+        raise UserError(
+            f"{where}: is damaged (not readable as JSON: {str(error)[:300]}); {remedy}"
+        ) from None
 
 
 def read_json(

@@ -24,6 +24,7 @@ from repetitions import repetitions
 
 from pipeline import tracking
 from pipeline.cli import main
+from pipeline.exits import as_a_command
 from pipeline.launch import ranks_here
 from pipeline.overrides import allowed_place
 from pipeline.params import env_number, load_recipe
@@ -311,7 +312,8 @@ def sentence_or_success(act: Callable[[], object], errors: Callable[[], str]) ->
     said, started = "", time.process_time()
     signal.alarm(HANGS_AFTER_SECONDS)
     try:
-        act()
+        with as_a_command():  # as every command runs
+            act()
     except UserError as error:
         said = str(error)
     except SystemExit as end:
