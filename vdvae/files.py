@@ -99,7 +99,7 @@ def open_lock(path: Path) -> IO[str]:
     with contextlib.suppress(FileNotFoundError):
         # Before it is opened, which some devices take for a command.
         _check_regular(path, os.lstat(path).st_mode, remedy)
-    return os.fdopen(os.open(path, flags, 0o666), "r+", encoding="utf-8")
+    return open(path, "a+", encoding="utf-8", opener=lambda name, _: os.open(name, flags, 0o666))
 
 
 def open_regular(path: Path, remedy: str = "name a file") -> BinaryIO:
@@ -112,12 +112,11 @@ def open_regular(path: Path, remedy: str = "name a file") -> BinaryIO:
     try:
         _check_regular(path, os.stat(path).st_mode, remedy)
         # Should it have become a FIFO since then, opening it does not wait for a writer.
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
         raise _unusable(path, error, remedy) from None
-    return file
 
 
 def read_regular(path: Path, most_bytes: int, remedy: str = "name a file") -> bytes:
