@@ -334,7 +334,7 @@ def allowed_place(data: str) -> str:
             f"data: {shown_url(data)} is not below {' or '.join(roots)}; put the images there, "
             f"or let the service's owner add their folder or bucket to VDVAE_DATA_ROOTS"
         )
-    if not address and not Path(place).is_dir():
+    if not address and not os.path.isdir(place):
         raise UserError(
             f"data: {shown_url(data)} is not a folder on this machine; check its spelling"
         )

@@ -94,7 +94,7 @@ def test_the_longest_name_is_written(tmp_path: Path) -> None:
     for name in ("n" * 255, "\N{PILE OF POO}" * 63):
         atomic_write(tmp_path / name, name)
         assert (tmp_path / name).read_text() == name
-    with pytest.raises(UserError, match=r"\.\.\.n+': .*File name too long"):
+    with pytest.raises(OSError, match="File name too long"):
         atomic_write(tmp_path / ("n" * 256), "")
     with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "none"):
         raise ZeroDivisionError
@@ -109,7 +109,9 @@ def test_the_longest_name_is_written(tmp_path: Path) -> None:
 def test_json_from_outside_is_read_or_refused_in_a_sentence(tmp_path: Path, text: str) -> None:
     path = tmp_path / "file.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=f"^{path}: not readable as JSON .*; mend it$") as caught:
+    with pytest.raises(
+        UserError, match=f"^{path}: is damaged .not readable as JSON: .*; mend it$"
+    ) as caught:
         read_json(path, "mend it")
     assert len(str(caught.value)) < 600
     assert parse_json("[Infinity]", "x", "", finite=False) == [float("inf")]

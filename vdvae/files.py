@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -36,14 +37,17 @@ def target_of(path: Path) -> Path:
     """The file that writing to `path` replaces: where it is a link, what the link names.
 
     Raises:
-        UserError: a folder, device, FIFO or socket is there, or the path cannot be followed.
+        UserError: a folder, device, FIFO or socket is there, or links lead in a circle.
+        OSError: the path cannot be followed.
     """
     try:
         _check_regular(path, os.stat(path).st_mode, "name a file to write")
     except FileNotFoundError:
         pass
-    except (OSError, ValueError) as error:  # ValueError: a zero byte
-        raise _unusable(path, error, "name another place") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _unusable(path, error, "name another place") from None
+        raise
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
@@ -95,7 +99,7 @@ def open_lock(path: Path) -> IO[str]:
     with contextlib.suppress(FileNotFoundError):
         # Before it is opened, which some devices take for a command.
         _check_regular(path, os.lstat(path).st_mode, remedy)
-    return os.fdopen(os.open(path, flags, 0o666), "r+", encoding="utf-8")
+    return open(path, "a+", encoding="utf-8", opener=lambda name, _: os.open(name, flags, 0o666))
 
 
 def open_regular(path: Path, remedy: str = "name a file") -> io.BufferedReader:
@@ -108,12 +112,11 @@ def open_regular(path: Path, remedy: str = "name a file") -> io.BufferedReader:
     try:
         _check_regular(path, os.stat(path).st_mode, remedy)
         # Should it have become a FIFO since then, opening it does not wait for a writer.
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
         raise _unusable(path, error, remedy) from None
-    return file
 
 
 def read_regular(path: Path, most_bytes: int, remedy: str = "name a file") -> bytes:
@@ -151,7 +154,9 @@ def parse_json(text: bytes | str, where: str, remedy: str, *, finite: bool = Tru
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not readable as JSON ({str(error)[:300]}); {remedy}") from None
+        raise UserError(
+            f"{where}: is damaged (not readable as JSON: {str(error)[:300]}); {remedy}"
+        ) from None
 
 
 def read_json(

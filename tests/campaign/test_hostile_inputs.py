@@ -24,15 +24,17 @@ from repetitions import repetitions
 
 from pipeline import tracking
 from pipeline.cli import main
+from pipeline.exits import as_a_command
 from pipeline.launch import ranks_here
 from pipeline.overrides import allowed_place
-from pipeline.params import env_number
+from pipeline.params import env_number, load_recipe
 from pipeline.services.settings import Settings
 from pipeline.shards import Manifest
 from pipeline.shards.jobs import _count
 from pipeline.storage import open_store
 from vdvae.config import UserError
 from vdvae.files import atomic_write
+from vdvae.summary import summarise
 
 ROOT = Path(__file__).parents[2]
 N = repetitions(200)  # inputs of each surface
@@ -310,7 +312,8 @@ def sentence_or_success(act: Callable[[], object], errors: Callable[[], str]) ->
     said, started = "", time.process_time()
     signal.alarm(HANGS_AFTER_SECONDS)
     try:
-        act()
+        with as_a_command():  # as every command runs
+            act()
     except UserError as error:
         said = str(error)
     except SystemExit as end:
@@ -347,6 +350,7 @@ def test_hostile_inputs_are_taken_or_refused_in_a_sentence(
         f"sqlite:///{tmp_path / 'mlflow.db'}"
     )  # imports and tables are not the input's
     tried = N // 4 if surface == "paths" else N  # some of them open a model's database
+    summarise(load_recipe("digits", ROOT / "params.yaml").model)  # so are its imports
     for number in range(tried):
         folder = tmp_path / str(number)
         folder.mkdir()
