@@ -21,7 +21,6 @@ from types import FrameType
 from typing import IO
 
 from pipeline.exits import CANCELLED
-from pipeline.params import env_number
 from vdvae.config import UserError
 from vdvae.files import open_lock
 
@@ -40,6 +39,8 @@ def grace_seconds() -> float:
     Raises:
         UserError: VDVAE_GRACE_SECONDS is no number from 0 to 86400.
     """
+    from pipeline.params import env_number  # which wants YAML; `make gpu` does without
+
     return env_number(GRACE, _GRACE_SECONDS, 0, 86_400)
 
 

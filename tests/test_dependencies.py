@@ -21,7 +21,10 @@ _MACHINERY = {
         ("pipeline/__init__.py", "pipeline/shards/__init__.py", "vdvae/__init__.py"),
         "names what is elsewhere",
     ),
-    "pipeline/stages/__init__.py": "starts a stage, or refuses to",
+    **dict.fromkeys(
+        ("pipeline/stages/__init__.py", "pipeline/stages/interpreter.py"),
+        "starts a stage, or refuses to",
+    ),
     "pipeline/shards/cache.py": "gives back what was decoded, compared with its CRC",
     "pipeline/storage.py": "moves bytes, which are compared with the manifest's hashes",
     "pipeline/yaml_files.py": "gives the values that a file holds, or refuses it",
