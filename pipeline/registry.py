@@ -222,7 +222,7 @@ def _origin(run: Run) -> dict[str, str]:
 def _read(path: Path, recipe_name: str) -> dict[str, Any]:
     again = f"run 'dvc repro -f -s evaluate@{recipe_name}'"
     try:
-        value = read_json(path, again)
+        value = read_json(path, again, finite=False)  # what is none is named below
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {again}") from None
     if not isinstance(value, dict):

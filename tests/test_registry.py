@@ -361,7 +361,7 @@ def test_missing_or_damaged_results_are_named(project):
     figures.write_text(figures.read_text().replace("validation,image-0,", "test,image-99,"))
     refused(r"per_image\.csv: the mean over 11 validation images is .* -s evaluate@tiny")
     project.finish_training(weights=0, bits=float("nan"))
-    refused(r"metrics.json: is damaged .*NaN is not a number.* -s evaluate@tiny")
+    refused(r"bits_per_dim: nan .* -s evaluate@tiny")
     (project.results / "metrics.json").unlink()
     refused(r"metrics\.json: not found; run 'dvc repro")
     assert not (project.results / "registered.json").exists()

@@ -224,7 +224,8 @@ def test_no_results_at_all_are_one_sentence(
 
 
 def test_text_from_files_stays_text(report: Report, browser: Browser, folder: Path) -> None:
-    write("data/manifests/digits.json", lambda facts: facts["source"].update(terms=SCRIPT))
+    source = {"terms": SCRIPT, "name": PICTURE}
+    write("data/manifests/digits.json", lambda facts: facts["source"].update(source))
     write("results/digits/registered.json", lambda facts: facts.update(name=PICTURE))
     page = report("--no-model", notes=[])
     assert SCRIPT not in page and PICTURE not in page
