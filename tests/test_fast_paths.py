@@ -75,20 +75,6 @@ def test_channels_last_is_the_same_step() -> None:
     torch.testing.assert_close(gradients(twin), gradients(plain), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
-def test_compiled_blocks_are_the_same_step() -> None:
-    """Of a model of two blocks; tests/campaign/test_compile.py has every kind of block."""
-    compiled_blocks_are_the_same_step(MODEL)
-
-
-def compiled_blocks_are_the_same_step(model: ModelConfig) -> None:
-    plain, figures = stepped(model)
-    twin, same = stepped(model, compile=True)
-    assert any(block._compiled_call_impl for block in twin.model.decoder.blocks)
-    assert same == pytest.approx(figures, rel=1e-4, abs=1e-7)
-    torch.testing.assert_close(gradients(twin), gradients(plain), rtol=1e-3, atol=1e-5)
-
-
 def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     for device, name in ((CPU, "g++"), (torch.device("cuda"), "gcc")):

@@ -71,6 +71,6 @@ def test_pictures_that_are_broken_off_are_whole_or_not_there(tmp_path: Path) -> 
     for asked, whole in ((1, []), (4, []), (6, ["samples-000000005.png"])):
         questions = iter(range(1, asked))
         with pytest.raises(StopIteration):
-            draw_progress(model, x_BCHW, tmp_path, 5, columns=1, seed=1, batch_size=1,
+            draw_progress(model, x_BCHW, tmp_path, 5, columns=1, seed=1,
                           between=lambda questions=questions: next(questions))  # fmt: skip
         assert [path.name for path in tmp_path.iterdir()] == whole

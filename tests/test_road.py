@@ -21,8 +21,6 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Project, narrow
-from dvc_queue import check_everything_arrived, run_grid
-from mlflow_server import MlflowServer
 from PIL import Image
 from s3_server import S3Server
 
@@ -188,18 +186,6 @@ def test_two_commands_to_a_registered_model(project: Project, tmp_path: Path) ->
 
 
 @pytest.mark.timeout(900)
-def test_a_grid_through_dvcs_queue_ends_with_every_run_where_its_origin_keeps_them(
-    project: Project,
-) -> None:
-    """Two at once, in copies that DVC deletes, with shards that were made before."""
-    project.set(lambda params: narrow(params, steps=10))
-    project.repro("shard@digits")
-    project.run("git", "add", "-A")
-    project.run("git", "commit", "-qm", "shards")
-    run_grid(project, "-S", "recipes.digits.train.seed=range(0,2)")
-    check_everything_arrived(project, [0, 1])
-
-
 def test_figures_do_not_depend_on_ranks_and_batches(project: Project) -> None:
     """1 rank and 2, batches of 7 and 64: the same images, each once, to 1e-6 relative."""
 
@@ -460,53 +446,6 @@ def test_mlflow_that_does_not_answer_is_named(project: Project) -> None:
     output = project.stage("train", "digits", code=AWAY, MLFLOW_TRACKING_URI=uri)
     assert output.startswith(f"error: MLflow at {uri} does not answer")
     assert not (project.folder / "results/digits/model").exists()
-
-
-def test_mlflow_stopped_and_then_gone_while_training_costs_no_point(
-    project: Project, tmp_path: Path
-) -> None:
-    project.set(lambda params: params["recipes"]["digits"]["train"].update(steps=200))
-    project.stage("shard", "digits")
-    server = MlflowServer(tmp_path / "server")
-    server.start()
-    try:
-        places = {"MLFLOW_TRACKING_URI": server.url, "VDVAE_TRACKING_SECONDS": "0.2"}
-        child = project.start(sys.executable, "-m", "pipeline.stages.train", "digits", **places)
-        assert child.stdout is not None
-        lines = []
-        for line in child.stdout:
-            lines.append(line)
-            step = line.partition("/")[0]
-            if step == "step 40":
-                server.pause()
-            elif step == "step 120":
-                server.go_on()
-            elif step == "step 140":
-                server.kill()
-        assert child.wait(timeout=60) == 0, "".join(lines)
-        assert "lines and files wait in" in lines[-1], "".join(lines)
-        assert len(list(project.folder.glob("runs/mlflow/*/journal.jsonl"))) == 1
-        server.start()
-        project.stage("evaluate", "digits", **places)
-        steps = curves(project, server.url)
-        assert steps.pop("train/validation_bits_per_dim") == list(range(10, 201, 10))
-        assert len(steps) >= 14
-        assert all(each == list(range(5, 201, 5)) for each in steps.values()), steps
-        assert pictures(server) == [
-            *(f"pictures/contact_{split}.png" for split in ("test", "train", "validation")),
-            "pictures/data.png",
-            *(f"pictures/training/reconstructions-000000{step}.png" for step in (100, 200)),
-            *(f"pictures/training/samples-000000{step}.png" for step in (100, 200)),
-        ]
-        assert not list(project.folder.glob("runs/mlflow/*"))
-    finally:
-        server.kill()
-
-
-def pictures(server: MlflowServer) -> list[str]:
-    """Paths of all pictures that the server keeps."""
-    (root,) = (server.folder / "artifacts").glob("*/*/artifacts")
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*.png"))
 
 
 def test_a_manifest_of_other_images_is_refused_and_its_remedy_works(project: Project) -> None:

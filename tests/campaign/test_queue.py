@@ -24,6 +24,18 @@ def few(project: Project) -> Project:
     return project
 
 
+def test_a_grid_through_dvcs_queue_ends_with_every_run_where_its_origin_keeps_them(
+    project: Project,
+) -> None:
+    """Two at once, in copies that DVC deletes, with shards that were made before."""
+    project.set(lambda params: narrow(params, steps=10))
+    project.repro("shard@digits")
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-qm", "shards")
+    run_grid(project, "-S", "recipes.digits.train.seed=range(0,2)")
+    check_everything_arrived(project, [0, 1])
+
+
 def test_grids_of_three_two_at_once_from_nothing(few: Project) -> None:
     """Both first ones want to make the shards; later grids find them."""
     seeds: list[int] = []
