@@ -1,4 +1,4 @@
-"""The services as a team has them: a password, an address that others reach, a remote repository."""
+"""The services as a team has them: a password, an address for others, a remote repository."""
 
 from __future__ import annotations
 
