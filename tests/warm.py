@@ -85,7 +85,7 @@ def serve(fd: int) -> None:
     while True:
         _, fds, _, _ = socket.recv_fds(asked, 16, 2)
         if not fds:
-            return
+            os._exit(0)  # whoever asked has gone
         request_fd, writer = fds
         pid = os.fork()
         if pid == 0:
