@@ -185,7 +185,6 @@ def test_two_commands_to_a_registered_model(project: Project, tmp_path: Path) ->
     assert "step 400/400" in output
 
 
-@pytest.mark.timeout(900)
 def test_figures_do_not_depend_on_ranks_and_batches(project: Project) -> None:
     """1 rank and 2, batches of 7 and 64: the same images, each once, to 1e-6 relative."""
 
