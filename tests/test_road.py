@@ -96,7 +96,7 @@ def images_with_figures(project: Project, count: int) -> tuple[np.ndarray, list[
 
 
 def test_two_commands_to_a_registered_model(project: Project, tmp_path: Path) -> None:
-    project.repro()
+    project.repro(cold=True)
     metrics, registered = read(project, "metrics.json"), read(project, "registered.json")
     assert {split: figures["images"] for split, figures in metrics.items()} == {
         "validation": 180,

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_proxy import Faults, faulty_proxy
-from s3_server import PORTS, s3_server
+from s3_server import s3_server
 
 from pipeline import storage
 from pipeline.exits import Away
 from pipeline.params import DataConfig
-from pipeline.services.definitions import free_ports
+from pipeline.services.definitions import S3_PORTS, free_ports
 from pipeline.shards import BlockCache, ShardReader, write_shards
 from pipeline.sources import open_source
 from pipeline.storage import ObjectMissing, Store, open_store, s3_address
@@ -317,7 +317,7 @@ class Outage:
     has failed and waits for its next try."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.ports = folder, free_ports(len(PORTS))
+        self.folder, self.ports = folder, free_ports(len(S3_PORTS))
         self._failed, self._up = threading.Event(), threading.Event()
         self._up.set()
         monkeypatch.setattr(

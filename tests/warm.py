@@ -1,118 +1,164 @@
-"""Python commands from an interpreter that has loaded what takes seconds: PyTorch and MLflow.
+"""Python commands from an interpreter that has loaded what takes seconds: PyTorch, MLflow and DVC.
 
-`python -m pipeline.stages.train` spends 3 to 5 s on imports. Here one process imports the
-libraries, none of this project's own code, and forks for each command, which then runs in a
-session, a folder and an environment of its own.
+`python -m pipeline.stages.train` spends 3 to 5 s on imports. Here one process for all of pytest's
+workers imports the libraries, none of this project's own code, once the first command is asked
+for. It forks for each command, which then runs in a session, a folder and an environment of its
+own. A script named `python` asks for the same, so that DVC's stages start so, too.
+
+Who is killed must be a process of its own: tests that kill start real interpreters.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
 import os
 import runpy
+import select
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 LIBRARIES = (
-    *(
-        "torch",
-        "torch.distributed",
-        "safetensors.torch",
-        "numpy",
-        "scipy.stats",
-        "sklearn.datasets",
-    ),
+    *("torch", "torch.distributed", "safetensors.torch", "numpy", "scipy.stats"),
     *("mlflow", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store", "alembic.command"),
-    *("PIL.Image", "boto3", "yaml", "ruamel.yaml", "webdataset", "pandas"),
+    *("PIL.Image", "boto3", "yaml", "ruamel.yaml", "webdataset", "pandas", "sklearn.datasets"),
+    *("dvc.cli", "dvc.repo", "dvc.commands.repro", "dvc.repo.experiments"),
 )
+OURS = ("-m pipeline.", "-c from pipeline.", "-m dvc ")  # commands that are forked
 
 
 class Warm:
-    """The process that forks; for one command at a time."""
+    """The process that forks, and the script that asks it to.
+
+    It ends with the process that made it.
+    """
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        words = [sys.executable, __file__, str(theirs.fileno())]
-        self._process = subprocess.Popen(words, pass_fds=[theirs.fileno()])
-        theirs.close()
-        self._socket, self._lock = ours, threading.Lock()
-
-    def run(
-        self, words: Sequence[str], cwd: Path, environment: dict[str, str], seconds: float
-    ) -> tuple[int, str]:
-        """Exit code (negative: the signal) and output of `python WORDS`, which begin with -m or -c.
-
-        After so many seconds it is killed, with its session.
-        """
-        reader, writer = os.pipe()
-        request = {"words": list(words), "cwd": str(cwd), "environment": environment}
-        with self._lock, os.fdopen(reader, errors="replace") as output:
-            request_fd = os.memfd_create("request")
-            with os.fdopen(request_fd, "wb", closefd=False) as file:
-                file.write(json.dumps(request).encode())
-            socket.send_fds(self._socket, [b"run"], [request_fd, writer])
-            os.close(request_fd)
-            os.close(writer)
-            pid = int(self._socket.recv(64))
-            late = threading.Timer(seconds, _kill_session, [pid])
-            late.start()
-            said = output.read()  # until the last holder of the pipe has gone
-            code = int(self._socket.recv(64))
-            late.cancel()
-        return code, said
+        self.folder = Path(tempfile.mkdtemp(prefix="warm-"))
+        parent, self._open = os.pipe()  # it closes when this process ends, whatever ends it
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(str(self.folder / "socket"))
+            listener.listen(64)
+            fds = (listener.fileno(), parent)
+            words = [sys.executable, __file__, "serve", *map(str, fds), str(self.folder)]
+            subprocess.Popen(words, pass_fds=fds)
+        os.close(parent)
+        script = self.folder / "python"
+        ask = shlex.join([sys.executable, "-IS", __file__, "ask", str(self.folder / "socket")])
+        script.write_text(f'#!/bin/sh\nexec {ask} "$@"\n')
+        script.chmod(0o755)
 
 
-def _kill_session(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
+def run(
+    folder: Path, words: Sequence[str], cwd: Path, environment: Mapping[str, str], seconds: float
+) -> tuple[int, str]:
+    """Exit code (negative: the signal) and output of `python WORDS`, forked by the one in a folder.
 
-
-def serve(fd: int) -> None:
-    for name in LIBRARIES:
-        __import__(name)
-    assert threading.active_count() == 1, "a process with threads must not fork"
-    asked = socket.socket(fileno=fd)
-    while True:
-        _, fds, _, _ = socket.recv_fds(asked, 16, 2)
-        if not fds:
-            os._exit(0)  # whoever asked has gone
-        request_fd, writer = fds
-        pid = os.fork()
-        if pid == 0:
-            asked.close()
-            _become(request_fd, writer)
-        os.close(request_fd)
+    After so many seconds it is killed, with its session.
+    """
+    reader, writer = os.pipe()
+    with open(os.devnull) as nothing, os.fdopen(reader, errors="replace") as output:
+        asked = _ask(folder / "socket", words, cwd, environment, (nothing.fileno(), writer, writer))
         os.close(writer)
-        asked.send(str(pid).encode())
-        _, status = os.waitpid(pid, 0)
-        asked.send(str(os.waitstatus_to_exitcode(status)).encode())
+        late = threading.Timer(seconds, asked.shutdown, [socket.SHUT_RDWR])
+        late.start()
+        said = output.read()  # until the last holder of the pipe has gone
+        code = asked.recv(64)
+        late.cancel()
+        asked.close()
+    return int(code or -signal.SIGKILL), said
 
 
-def _become(request_fd: int, writer: int) -> NoReturn:
-    os.setsid()
+def _ask(
+    path: Path, words: Sequence[str], cwd: Path, environment: Mapping[str, str], fds: Sequence[int]
+) -> socket.socket:
+    request = {"words": list(words), "cwd": str(cwd), "environment": dict(environment)}
+    with os.fdopen(os.memfd_create("request"), "wb+", buffering=0) as file:
+        file.write(json.dumps(request).encode())
+        asked = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        asked.connect(str(path))
+        socket.send_fds(asked, [b"run"], [file.fileno(), *fds])
+    return asked
+
+
+def ask(path: Path, words: Sequence[str]) -> NoReturn:
+    """What the script does: in the place of `python WORDS`."""
+    if not " ".join(words).startswith(OURS):
+        os.execv(sys.executable, [sys.executable, *words])
+    code = int(_ask(path, words, Path.cwd(), os.environ, (0, 1, 2)).recv(64) or -signal.SIGKILL)
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def serve(listener: socket.socket, parent: int) -> None:
+    """Forks for each connection until the parent has gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the parent's end ends us
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaves no zombies
+    loaded = False
+    while parent not in (ready := select.select([listener, parent], [], [])[0]):
+        assert ready
+        if not loaded:
+            for name in LIBRARIES:
+                __import__(name)
+            assert threading.active_count() == 1, "a process with threads must not fork"
+            loaded = True
+        asked, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            os.close(parent)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            _watch(asked)
+        asked.close()
+
+
+def _watch(asked: socket.socket) -> NoReturn:
+    """Runs one command; kills its session where whoever asked has gone."""
+    _, fds, _, _ = socket.recv_fds(asked, 16, 4)
+    if not fds:
+        os._exit(0)
+    os.setsid()  # of the command too, which finds its parent in its own group, as DVC's stages do
+    pid = os.fork()
+    if pid == 0:
+        asked.close()
+        _become(*fds)
+    for fd in fds:
+        os.close(fd)
+    ended = os.pidfd_open(pid)
+    if ended not in select.select([ended, asked], [], [])[0]:
+        os.killpg(0, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    asked.send(str(os.waitstatus_to_exitcode(status)).encode())
+    os._exit(0)
+
+
+def _become(request_fd: int, *standard: int) -> NoReturn:
     with os.fdopen(request_fd, "rb") as file:
         file.seek(0)
         request = json.load(file)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(writer, 1)
-    os.dup2(writer, 2)
-    os.close(writer)
+    for fd, given in enumerate(standard):
+        os.dup2(given, fd)
+        os.close(given)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
     sys.path[0] = request["cwd"]
     how, what, *rest = request["words"]
     sys.argv = [how, *rest]
+    sys.stdout.reconfigure(line_buffering="PYTHONUNBUFFERED" in os.environ)  # type: ignore[union-attr]
     code = 1
     try:
         if how == "-m":
@@ -136,4 +182,7 @@ def _become(request_fd: int, writer: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    if sys.argv[1] == "ask":
+        ask(Path(sys.argv[2]), sys.argv[3:])
+    serve(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]))
+    shutil.rmtree(sys.argv[4])
