@@ -25,7 +25,7 @@ from conftest import Project, narrow
 from rows import keep
 from services_project import Services
 
-from pipeline.overrides import shrink
+from pipeline.flows.overrides import shrink
 
 
 def form(services: Services, seed: int, steps: int) -> tuple[float, float]:

@@ -29,9 +29,9 @@ from reading import made, plain
 from rows import keep
 
 from pipeline.params import Recipe, load_recipe
-from pipeline.process import keep_freed_memory
 from pipeline.shards import BlockCache, Manifest, ShardReader
 from pipeline.storage import FileStore
+from pipeline.system.process import keep_freed_memory
 from vdvae.precision import exact_float32
 from vdvae.summary import summarise
 

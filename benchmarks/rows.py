@@ -8,7 +8,7 @@ import io
 import subprocess
 from pathlib import Path
 
-from pipeline.machine import processor
+from pipeline.system.machine import processor
 from vdvae.files import atomic_write
 
 

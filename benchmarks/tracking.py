@@ -23,10 +23,9 @@ from pathlib import Path
 import torch
 from rows import keep
 
-from pipeline import machine
-from pipeline.journal import BufferedRun
 from pipeline.params import Places, load_recipe
-from pipeline.tracking import curve_point, open_run
+from pipeline.system import machine
+from pipeline.tracking import BufferedRun, curve_point, open_run
 from vdvae.config import TrainConfig
 from vdvae.training import Progress, train
 

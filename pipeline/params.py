@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pipeline.yaml_files import read_yaml
 from vdvae.config import Config, ModelConfig, TrainConfig, UserError, number, shown
-from vdvae.files import path_of
+from vdvae.files import atomic_path, path_of
 
 PARAMS = Path("params.yaml")
 RECIPE = r"[A-Za-z0-9_-]{1,60}"  # what a recipe's name is made of: it names files and models
@@ -195,6 +195,37 @@ def load_recipe(name: str, path: Path = PARAMS) -> Recipe:
             values = {**values, **shared}
         configs[key] = kind.from_dict(values, where=where)
     return Recipe(name=name, **configs)
+
+
+def round_trip() -> Any:
+    """A reader and writer of YAML that keeps comments, order and quotes."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 10_000
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    return yaml
+
+
+def read_document(path: Path) -> Any:
+    """params.yaml as `round_trip` reads it, with its comments.
+
+    Raises:
+        UserError: it is not within `yaml_files`' bounds, or `round_trip` does not read it.
+    """
+    read_params(path)
+    try:
+        return round_trip().load(path.read_bytes())
+    except Exception as error:  # YAML 1.2 where we read 1.1; its constructors raise all kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: not readable as YAML: {reason}; mend it there") from None
+
+
+def write_document(document: Any, path: Path) -> None:
+    """Writes what `round_trip().load` read, at once or not at all."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        round_trip().dump(document, file)
 
 
 def env_number(name: str, default: float, least: float, most: float) -> float:

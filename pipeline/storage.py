@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.exits import Away
+from pipeline.system.exits import Away
 from vdvae.config import UserError
 from vdvae.config import shown as shown_value
 from vdvae.files import atomic_write

@@ -9,7 +9,7 @@ from typing import Any
 
 from conftest import Project
 
-from pipeline.process import try_lock
+from pipeline.system.process import try_lock
 
 
 def run_grid(project: Project, *words: str, jobs: int = 2) -> None:

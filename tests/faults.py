@@ -21,7 +21,7 @@ from typing import Any
 
 from services_project import ENDED, Services
 
-from pipeline.process import environment_of
+from pipeline.system.process import environment_of
 
 # What is killed, by words of its command; the last two are not the run's own.
 KINDS = {

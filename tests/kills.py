@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from test_training import MODEL, settings
 
-from pipeline.launch import rank_environment
+from pipeline.system.launch import rank_environment
 from vdvae.distributed import ranks
 from vdvae.training import train
 

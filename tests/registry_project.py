@@ -13,11 +13,13 @@ import pytest
 import torch
 
 import vdvae
-from pipeline import registry, tracking
-from pipeline.aliases import Move, history
+from pipeline import tracking
 from pipeline.params import Places, load_recipe
-from pipeline.registry import register
+from pipeline.registry import register as registry
+from pipeline.registry.aliases import Move, history
+from pipeline.registry.register import register
 from pipeline.shards import Manifest
+from vdvae.files import sha256_of
 
 PARAMS = """
 active: [tiny]
@@ -111,7 +113,7 @@ class Project:
             json.dumps({"validation": figures, "test": figures})
         )
         conditions = {
-            "weights_sha256": tracking.sha256_of(self.results / "model/model.safetensors"),
+            "weights_sha256": sha256_of(self.results / "model/model.safetensors"),
             "manifest_digest": Manifest.load(self.places.manifest("tiny")).digest,
             "seed": 5,
             "posterior_samples": 1,

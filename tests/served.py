@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 import vdvae
-from pipeline import connections, serve
+from pipeline.registry import connections, serve
 from vdvae.config import ModelConfig
 
 
@@ -21,8 +21,8 @@ def model(**changes: Any) -> Any:
     import mlflow
     from mlflow.models import Model
 
-    from pipeline.pyfunc_model import Images
-    from pipeline.registry import _signature
+    from pipeline.registry.pyfunc_model import Images
+    from pipeline.registry.register import _signature
 
     config = ModelConfig(
         image_size=8, image_channels=1, encoder="8x1,8d4,2x1", decoder="2x1,8m2", width=8,

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from conftest import ROOT, Project, narrow
 
-from pipeline.process import environment_of
 from pipeline.services.definitions import free_ports
 from pipeline.services.folder import MARK
+from pipeline.system.process import environment_of
 
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vdvae
-from pipeline.cli import main
+from pipeline.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,7 +70,7 @@ def test_the_users_errors_are_one_sentence(
 @pytest.mark.parametrize(
     "words",
     [
-        ("-c", "from pipeline.cli import main; main(['check'])"),
+        ("-c", "from pipeline.cli.main import main; main(['check'])"),
         ("-m", "pipeline.services", "status"),
     ],
 )

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stages.train import code_of
+from pipeline.dvc import code_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
 _MACHINERY = {
     **dict.fromkeys(
-        ("pipeline/exits.py", "pipeline/launch.py", "pipeline/process.py"),
+        ("pipeline/system/exits.py", "pipeline/system/launch.py", "pipeline/system/process.py"),
         "starts and ends processes",
     ),
     **dict.fromkeys(
@@ -33,7 +33,11 @@ _MACHINERY = {
 _ON_SHARDS = {
     **_MACHINERY,
     **dict.fromkeys(
-        ("pipeline/journal.py", "pipeline/lineage.py", "pipeline/tracking.py"),
+        (
+            "pipeline/tracking/journal.py",
+            "pipeline/registry/lineage.py",
+            "pipeline/tracking/run.py",
+        ),
         "tells MLflow of what was found",
     ),
     **dict.fromkeys(
@@ -79,7 +83,7 @@ CHANGES_NOTHING = {
     },
     "train": {
         **_ON_SHARDS,
-        "pipeline/machine.py": "measures the machine",
+        "pipeline/system/machine.py": "measures the machine",
         "pipeline/params.py": "hands over the values, which DVC compares",
         "pipeline/pictures.py": _LOOKED_AT,
         "pipeline/stages/evaluate.py": "hands images to vdvae/evaluate.py",

@@ -129,7 +129,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10): np.ones(2**22)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    keep = "from pipeline.process import keep_freed_memory; keep_freed_memory()"
+    keep = "from pipeline.system.process import keep_freed_memory; keep_freed_memory()"
     twin, ours = (
         int(subprocess.run([sys.executable, "-c", code.format(words)], check=True, text=True,
                            cwd=ROOT, stdout=subprocess.PIPE).stdout)

@@ -15,10 +15,10 @@ import pytest
 import yaml
 from range_server import Server, range_server
 
-from pipeline import fetch
-from pipeline.cli import main
-from pipeline.fetch import DATA, fetch_data, held
-from pipeline.process import try_lock
+from pipeline.cli.main import main
+from pipeline.sources import fetch
+from pipeline.sources.fetch import DATA, fetch_data, held
+from pipeline.system.process import try_lock
 from vdvae.config import UserError
 
 TARGET = Path("data/raw/cifar-10-binary.tar.gz")

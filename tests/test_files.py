@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.launch import ranks_here
 from pipeline.params import load_recipe
-from pipeline.process import alone, try_lock
 from pipeline.services.settings import Settings
 from pipeline.shards.jobs import _count, open_workers
+from pipeline.system.launch import ranks_here
+from pipeline.system.process import alone, try_lock
 from pipeline.tracking import connect, locked
 from pipeline.yaml_files import MOST_BYTES, MOST_NESTING, parse_yaml, read_yaml
 from vdvae.config import UserError

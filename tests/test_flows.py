@@ -27,15 +27,17 @@ from prefect.testing.utilities import prefect_test_harness
 from prefect.utilities.callables import parameter_schema
 from test_overrides import BAD
 
-from pipeline import flows, machine, process
-from pipeline.launch import ranks_here
-from pipeline.overrides import Overrides
+from pipeline.flows import run_recipe as flows
+from pipeline.flows.champion import evaluate_champion
+from pipeline.flows.overrides import Overrides
 from pipeline.params import load_recipe
 from pipeline.services.settings import Settings
+from pipeline.system import machine, process
+from pipeline.system.launch import ranks_here
 from vdvae.config import UserError
 
 pytestmark = pytest.mark.integration
-VDVAE = (sys.executable, "-c", "from pipeline.cli import main; main()")
+VDVAE = (sys.executable, "-c", "from pipeline.cli.main import main; main()")
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,7 @@ def test_a_run_comes_back_as_an_experiment_with_its_page(finished: Any) -> None:
 def test_the_champion_is_scored_again_and_a_changed_figure_is_loud(finished: Any) -> None:
     project, _, _ = finished
     with inside(project):
-        state = flows.evaluate_champion("digits", return_state=True)
+        state = evaluate_champion("digits", return_state=True)
         assert state.is_completed(), state.message
         (figures,) = (project.folder / "mlruns").rglob("evaluation/per_image.csv")
         text = figures.read_text()
@@ -141,13 +143,13 @@ def test_the_champion_is_scored_again_and_a_changed_figure_is_loud(finished: Any
         split, key, bits, *rest = row.split(",")
         changed = ",".join([split, key, repr(float(bits) + 2e-4), *rest])
         figures.write_text(text.replace(row, changed))
-        state = flows.evaluate_champion("digits", return_state=True)
+        state = evaluate_champion("digits", return_state=True)
         figures.write_text(text)
         assert state.is_failed()
         assert key in state.message
         assert "more than 0.0001 apart" in state.message
 
-        state = flows.evaluate_champion("cifar10", return_state=True)
+        state = evaluate_champion("cifar10", return_state=True)
         assert "no version of vdvae-cifar10 has the alias 'champion'" in state.message
 
 
@@ -245,7 +247,7 @@ def test_a_stage_that_fails_three_times_ends_the_run_with_its_last_lines(
 
     # A server that does not answer may be starting again: it is given more time, and asked again.
     (project.folder / "pipeline/stages/shard.py").write_text(
-        "from pipeline.exits import Away, fail; fail(Away('S3 is away'))"
+        "from pipeline.system.exits import Away, fail; fail(Away('S3 is away'))"
     )
     pauses: list[float] = []
     # Its own: others of this process, Prefect's threads among them, sleep as before.

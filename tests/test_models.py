@@ -18,14 +18,15 @@ from PIL import Image
 from registry_project import NAME, Project, enter
 
 import vdvae
-from pipeline import models, tracking
-from pipeline.cli import main
-from pipeline.model_card import model_card
+from pipeline.cli.main import main
+from pipeline.registry import use as models
+from pipeline.registry.model_card import model_card
 from pipeline.shards import Manifest
-from pipeline.sources import on_levels
+from pipeline.sources.source import on_levels
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.shard import shard
 from vdvae import UserError
+from vdvae.files import sha256_of
 
 pytestmark = pytest.mark.integration
 
@@ -83,7 +84,7 @@ def test_show_leads_from_the_version_to_its_source(
     assert row.startswith(f"{NAME}/1  champion  {figure}")
     manifest = json.loads(registered.places.manifest("tiny").read_text())
     tars = [tar for split in manifest["splits"].values() for tar in split["shards"]]
-    weights = tracking.sha256_of(registered.results / "model/model.safetensors")
+    weights = sha256_of(registered.results / "model/model.safetensors")
     run = json.loads((registered.results / "registered.json").read_text())["mlflow_run_id"]
     for reference in (NAME, f"{NAME}@champion", f"{NAME}/1", f"models:/{NAME}@champion"):
         main(["models", "show", reference])

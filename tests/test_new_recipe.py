@@ -13,12 +13,12 @@ import pytest
 from conftest import ROOT, Project
 from PIL import Image
 
-from pipeline.cli import main
-from pipeline.new_recipe import blocks, pools_of, widths
+from pipeline.cli.main import main
+from pipeline.commands.new_recipe import blocks, pools_of, widths
 from pipeline.params import load_recipe
 from vdvae.config import ModelConfig, UserError, parse_decoder
 
-CLI = (sys.executable, "-c", "from pipeline.cli import main; main()")
+CLI = (sys.executable, "-c", "from pipeline.cli.main import main; main()")
 
 
 @pytest.mark.parametrize("size", [2, 4, 8, 28, 32, 48, 96, 100, 224, 256, 512, 1024])

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from pipeline.overrides import Overrides, apply, shrink
+from pipeline.flows.overrides import Overrides, apply, shrink
 from pipeline.params import load_recipe
 from vdvae import VDVAE, UserError
 from vdvae.config import parse_decoder, parse_encoder

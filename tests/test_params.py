@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import experiment
+from pipeline.dvc import code_of
+from pipeline.flows import experiment
 from pipeline.params import Places, load_recipe, raw_path, read_params
-from pipeline.stages.train import code_of, run_digest
+from pipeline.stages.train import run_digest
 from vdvae.config import UserError
 
 ROOT = Path(__file__).parents[1]

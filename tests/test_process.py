@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.exits import CANCELLED
 from pipeline.params import load_recipe, read_params
-from pipeline.process import StopRequest, grace_seconds
 from pipeline.stages.train import _Part
+from pipeline.system.exits import CANCELLED
+from pipeline.system.process import StopRequest, grace_seconds
 from vdvae.config import UserError
 from vdvae.distributed import ALONE
 from vdvae.model import VDVAE
@@ -26,7 +26,7 @@ from vdvae.training import Stopped
 # A process whose parent has ended before it could ask to be told.
 _ORPHAN = """
 import os, time
-from pipeline.process import end_with_parent
+from pipeline.system.process import end_with_parent
 parent = os.getpid()
 if {alone} and os.fork():
     os._exit(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.promotion import Figures, NotComparable, compare
+from pipeline.registry.promotion import Figures, NotComparable, compare
 
 CONDITIONS = {"manifest_digest": "a", "num_levels": "17", "likelihood": "normalised"}
 KEYS = [f"image-{index}" for index in range(180)]

@@ -17,10 +17,10 @@ from conftest import Project
 from PIL import Image
 from range_server import Server, range_server
 
-from pipeline.overrides import shrink
+from pipeline.flows.overrides import shrink
 
 pytestmark = pytest.mark.integration
-VDVAE = (sys.executable, "-c", "from pipeline.cli import main; main()")
+VDVAE = (sys.executable, "-c", "from pipeline.cli.main import main; main()")
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import torch
 from conftest import Project
 from test_road import curves, mlflow_runs
 
-from pipeline.exits import AWAY, CANCELLED
-from pipeline.launch import _cause, _Log, launch
-from pipeline.process import environment_of
+from pipeline.system.exits import AWAY, CANCELLED
+from pipeline.system.launch import _cause, _Log, launch
+from pipeline.system.process import environment_of
 
 pytestmark = pytest.mark.integration
 

@@ -15,11 +15,12 @@ import torch
 from registry_project import IMAGES, NAME, Project, enter
 
 import vdvae
-from pipeline import models, tracking
 from pipeline.params import Places
-from pipeline.registry import promote, rollback
+from pipeline.registry import use as models
+from pipeline.registry.register import promote, rollback
 from vdvae import UserError
 from vdvae.evaluate import score
+from vdvae.files import sha256_of
 
 pytestmark = pytest.mark.integration
 
@@ -84,10 +85,10 @@ def test_the_registered_model_scores_and_samples_without_the_repository(project,
     np.testing.assert_array_equal(samples, ours)
 
     version = project.client.get_model_version(NAME, str(registered.version))
-    weights = tracking.sha256_of(project.results / "model/model.safetensors")
+    weights = sha256_of(project.results / "model/model.safetensors")
     assert version.tags["weights_sha256"] == registered.weights_sha256 == weights
     assert float(version.tags["validation_bits_per_dim"]) == pytest.approx(2.0)
-    assert version.tags["dvc_lock_sha256"] == tracking.sha256_of(Path("dvc.lock"))
+    assert version.tags["dvc_lock_sha256"] == sha256_of(Path("dvc.lock"))
     assert json.loads((project.results / "registered.json").read_text()) == {
         "name": NAME,
         "version": 1,

@@ -19,7 +19,7 @@ from conftest import Project, narrow
 from playwright.sync_api import Browser
 
 from pipeline import tracking
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.params import Places
 from pipeline.report.charts import Chart, Line
 from pipeline.report.table2 import TABLE_2, data_set_of, why_not_comparable

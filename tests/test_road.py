@@ -25,8 +25,8 @@ from PIL import Image
 from s3_server import S3Server
 
 from pipeline import storage
-from pipeline.exits import AWAY
-from pipeline.overrides import Overrides, apply
+from pipeline.flows.overrides import Overrides, apply
+from pipeline.system.exits import AWAY
 
 pytestmark = pytest.mark.integration
 
@@ -127,7 +127,7 @@ def test_two_commands_to_a_registered_model(project: Project, tmp_path: Path) ->
 
     # The table at the end of `make demo`.
     shown = project.run(
-        sys.executable, "-c", "from pipeline.cli import main; main()", "show", "digits"
+        sys.executable, "-c", "from pipeline.cli.main import main; main()", "show", "digits"
     )
     assert (
         f"{metrics['test']['bits_per_dim']:.4f} ± {metrics['test']['bits_per_dim_se']:.4f}" in shown
@@ -135,7 +135,7 @@ def test_two_commands_to_a_registered_model(project: Project, tmp_path: Path) ->
     assert registered["mlflow_run_id"] in shown
 
     # The version leads back to these very bytes.
-    words = (sys.executable, "-c", "from pipeline.cli import main; main()", "models", "show")
+    words = (sys.executable, "-c", "from pipeline.cli.main import main; main()", "models", "show")
     verified = project.run(*words, "vdvae-digits", "--verify")
     assert "dvc.lock    " in verified
     assert "shard@digits, train@digits, evaluate@digits, sample@digits" in verified
@@ -224,7 +224,13 @@ def test_figures_do_not_depend_on_ranks_and_batches(project: Project) -> None:
     for figure in (sum(by_layer), sum(by_resolution.values())):
         assert figure == pytest.approx(found["rate_bits_per_dim"], rel=1e-9)
 
-    words = (sys.executable, "-c", "from pipeline.cli import main; main()", "evaluate", "digits")
+    words = (
+        sys.executable,
+        "-c",
+        "from pipeline.cli.main import main; main()",
+        "evaluate",
+        "digits",
+    )
     said = project.run(*words, "--precision", "fp32,bf16")
     assert [line.partition(":")[0] for line in said.splitlines()] == ["fp32", "bf16"]
     audit = read(project, "precision.json")["precisions"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 
 
 @pytest.mark.parametrize("seeds", ["0,0", "-1", "x", "", "0", "0,,1", "0,9999999999"])

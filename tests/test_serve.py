@@ -30,8 +30,9 @@ from playwright.sync_api import expect
 from registry_project import NAME, Project, enter
 from served import application, get, model, post, rest, sentence, served
 
-from pipeline import connections, models, serve
-from pipeline.cli import main
+from pipeline.cli.main import main
+from pipeline.registry import connections, serve
+from pipeline.registry import use as models
 from pipeline.services.definitions import free_ports
 from vdvae.config import levels_to_uint8
 
@@ -92,7 +93,7 @@ def project(tmp_path_factory, empty_store) -> Iterator[Project]:
 def server(project) -> Iterator[Client]:
     """A server of that model which asks for a token."""
     (port,) = free_ports(1)
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()"]
+    command = [sys.executable, "-c", "from pipeline.cli.main import main; main()"]
     process = subprocess.Popen(
         [*command, "models", "serve", f"{NAME}@champion", "--port", str(port)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "VDVAE_SERVE_TOKEN": TOKEN},

@@ -33,7 +33,7 @@ def test_stop_waits_for_a_supervisor_that_has_just_begun(
     folder.FOLDER.mkdir()
     begins = """
 import os, time
-from pipeline.process import try_lock
+from pipeline.system.process import try_lock
 from pipeline.services import folder
 lock = try_lock(folder.LOCK)
 print("holds the lock", flush=True)

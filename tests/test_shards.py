@@ -31,8 +31,9 @@ from pipeline.params import DataConfig
 from pipeline.shards import BlockCache, Manifest, Shard, ShardReader, Split, write_shards, writer
 from pipeline.shards.duplicates import find_duplicates
 from pipeline.shards.jobs import Workers, open_workers
-from pipeline.sources import Item, on_levels, open_source
+from pipeline.sources import open_source
 from pipeline.sources.decode import OddImage
+from pipeline.sources.source import Item, on_levels
 from pipeline.stages import main
 from pipeline.stages.shard import shard
 from pipeline.storage import FileStore, S3Store, Store

@@ -16,12 +16,13 @@ import pytest
 from conftest import ROOT
 from registry_project import Project
 
-from pipeline import space, tracking
+from pipeline import tracking
+from pipeline.commands import space
 from pipeline.params import Places, load_recipe
-from pipeline.process import alone
 from pipeline.shards import SPLITS, Manifest, ShardReader, write_shards
 from pipeline.sources import open_source
 from pipeline.storage import FileStore, open_store
+from pipeline.system.process import alone
 from vdvae.config import UserError
 
 pytestmark = pytest.mark.integration
@@ -84,8 +85,8 @@ def project(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     Path("mlruns").mkdir()
     shutil.copy(empty_store, "mlruns/mlflow.db")
-    assert space.dvc_cache() == Path(".dvc/cache").resolve()
-    monkeypatch.setattr(space, "dvc_cache", Path(".dvc/cache").resolve)  # DVC takes a second
+    assert space.cache_folder() == Path(".dvc/cache").resolve()
+    monkeypatch.setattr(space, "cache_folder", Path(".dvc/cache").resolve)  # DVC takes a second
     return Places.from_env()
 
 
@@ -225,7 +226,7 @@ def test_without_every_manifest_nothing_is_removed(refused, monkeypatch):
     MANIFEST.write_text("{")
     refuses(r"^data/manifests/tiny\.json: is damaged .*nothing is removed: mend or remove it$")
     MANIFEST.unlink()
-    cached = space.dvc_cache() / f"files/md5/00/{'0' * 30}"
+    cached = space.cache_folder() / f"files/md5/00/{'0' * 30}"
     cached.parent.mkdir(parents=True)
     cached.write_text('{\n  "recipe": "tiny"}')
     refuses(r"files/md5/00/0+: is damaged .*nothing is removed")
@@ -314,7 +315,7 @@ def test_training_states_and_what_kills_left(project, capsys):
 def test_what_is_put_again_while_gc_looks_stays(project, monkeypatch):
     shards(project, 1200)
     make_old(project, monkeypatch)
-    cache = space.dvc_cache()
+    cache = space.cache_folder()
     entries = space.survey(project, cache, space.find_needs(project, cache), 24)
     [entry] = [entry for entry in entries if entry.remove and "shards of tiny" in entry.what]
     store, [again, *others] = open_store(project.store_url), sorted(keys(project))

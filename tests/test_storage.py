@@ -17,12 +17,12 @@ from faulty_proxy import Faults, faulty_proxy
 from s3_server import s3_server
 
 from pipeline import storage
-from pipeline.exits import Away
 from pipeline.params import DataConfig
 from pipeline.services.definitions import S3_PORTS, free_ports
 from pipeline.shards import BlockCache, ShardReader, write_shards
 from pipeline.sources import open_source
 from pipeline.storage import ObjectMissing, Store, open_store, s3_address
+from pipeline.system.exits import Away
 from vdvae.config import UserError
 
 KEY = "shards/digits/abc.tar"

@@ -22,11 +22,15 @@ import yaml
 from mlflow_server import MlflowServer
 from requests.adapters import HTTPAdapter
 
-from pipeline import machine, tracking
-from pipeline.journal import BufferedRun, new_journal
+from pipeline import tracking
+from pipeline.dvc import lock_entries
 from pipeline.params import Places
-from pipeline.tracking import open_run
+from pipeline.system import machine
+from pipeline.tracking import BufferedRun, open_run, opening
+from pipeline.tracking import run as run_module
+from pipeline.tracking.journal import new_journal
 from vdvae import UserError
+from vdvae.files import sha256_of
 
 pytestmark = pytest.mark.integration
 
@@ -79,7 +83,7 @@ def test_a_restarted_stage_continues_the_run(places, tmp_path):
 def test_a_kill_while_the_run_is_created_leaves_no_second_run(places, tmp_path, monkeypatch):
     run_file, before = tmp_path / "run.json", len(all_runs(places))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(tracking, "Run", killed)  # the run is created, and nothing more done
+        patched.setattr(opening, "Run", killed)  # the run is created, and nothing more done
         opened(places, run_file)
     key = run_file.read_text()
     opened(places, run_file)
@@ -154,7 +158,7 @@ def test_points_are_delivered_exactly_once(places, tmp_path, monkeypatch):
     run.log_points(points(0, 12))
     run.log_points(points(0, 20))  # all of them again, and more
 
-    monkeypatch.setattr(tracking, "_METRICS_A_BATCH", 7)
+    monkeypatch.setattr(run_module, "_METRICS_A_BATCH", 7)
     deliver, batches = run.client.log_batch, []
 
     def killed(run_id, metrics=(), **others):
@@ -203,14 +207,14 @@ def test_data_revision_and_files_are_recorded_without_credentials(places, tmp_pa
     record = run.client.get_run(run.run_id)
     tags = record.data.tags
     assert tags["manifest_digest"] == "d" * 64 and tags["stage"] == "train"
-    assert tags["dvc_lock_sha256"] == tracking.sha256_of(Path("dvc.lock"))
+    assert tags["dvc_lock_sha256"] == sha256_of(Path("dvc.lock"))
     assert tags["git_dirty"] == "false" and len(tags["git_revision"]) == 40
     assert tags["prefect_flow_run"] == "the-flow-run"
     copy = run.client.download_artifacts(run.run_id, "lineage/dvc.lock.yaml", str(tmp_path))
     assert yaml.safe_load(Path(copy).read_text()) == {"train@digits": entry}
     Path("dvc.lock").write_text("[")
     with pytest.raises(UserError, match=r"dvc.lock: is damaged; restore it with"):
-        tracking.lock_entries("digits")
+        lock_entries("digits")
     [dataset_input] = record.inputs.dataset_inputs
     assert dataset_input.dataset.digest == "d" * 36
     assert json.loads(dataset_input.dataset.source)["uri"] == "s3://bucket/prefix/shards/digits"
@@ -365,7 +369,7 @@ def test_what_the_end_of_a_stage_could_not_deliver_goes_out_later(
     said = capsys.readouterr().out
     assert f"MLflow at {server.url} fails (" in said
     # Ten points and the status; one file.
-    assert "12 lines and files wait in" in said and "'python -m pipeline.tracking'" in said
+    assert "12 lines and files wait in" in said and "'python -m pipeline.tracking.run'" in said
     server.start()
     if by == "the next stage":
         second = opened(here, tmp_path / "run.json")
@@ -393,7 +397,7 @@ def test_a_killed_process_leaves_its_points_to_the_next(places, tmp_path):
     script = f"""
 import json, os, signal, sys
 from pathlib import Path
-from pipeline.journal import BufferedRun
+from pipeline.tracking import BufferedRun
 from pipeline.params import Places
 from pipeline.tracking import open_run
 places = Places(store_url={places.store_url!r}, runs=Path({str(places.runs)!r}),

@@ -15,10 +15,10 @@ import yaml
 from safetensors.torch import save_file
 
 import vdvae
-from pipeline import published
-from pipeline.overrides import shrink
+from pipeline.commands import published
+from pipeline.commands.published import import_published, read_checkpoint
+from pipeline.flows.overrides import shrink
 from pipeline.params import load_recipe
-from pipeline.published import import_published, read_checkpoint
 from vdvae.checkpoint import CONFIG, WEIGHTS, read_newest_state, write_state
 from vdvae.config import ModelConfig, TrainConfig, UserError
 from vdvae.published import to_published

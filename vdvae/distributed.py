@@ -1,6 +1,6 @@
 """The ranks of one run: who this process is, and what all of them have found.
 
-Started by torchrun on any number of machines, or by `pipeline.launch` on one.
+Started by torchrun on any number of machines, or by `pipeline.system.launch` on one.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 import argparse
 
-from pipeline.exits import as_a_command
 from pipeline.services import add_arguments, run
+from pipeline.system.exits import as_a_command
 
 with as_a_command():
     parser = argparse.ArgumentParser(prog="python -m pipeline.services")

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.process import end_all, environment_of, send, try_lock
 from pipeline.services import definitions, folder
 from pipeline.services.folder import FOLDER, LOCK, LOGS, MARK, grace_seconds, ours
 from pipeline.services.service import answers
 from pipeline.services.settings import Settings
+from pipeline.system.process import end_all, environment_of, send, try_lock
 from vdvae.config import UserError
 
 _READY_SECONDS = 180

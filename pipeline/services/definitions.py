@@ -8,11 +8,11 @@ import os
 import secrets
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pipeline.dvc import cache_folder
 from pipeline.params import Places
 from pipeline.services.folder import FOLDER
 from pipeline.services.service import Service
@@ -186,7 +186,7 @@ def worker(
         "VDVAE_STORE": places.store_url,
         "VDVAE_RUNS": str(places.runs),
         "VDVAE_CACHE": str(places.cache),
-        "VDVAE_DVC_CACHE": os.environ.get("VDVAE_DVC_CACHE") or _dvc_cache(),
+        "VDVAE_DVC_CACHE": os.environ.get("VDVAE_DVC_CACHE") or str(cache_folder()),
         "VDVAE_DATA_ROOTS": os.environ.get("VDVAE_DATA_ROOTS") or str(root / "data" / "raw"),
         "MLFLOW_TRACKING_URI": url if own_mlflow() else places.tracking_uri,
         "TMPDIR": str((FOLDER / "tmp").resolve()),
@@ -204,15 +204,6 @@ def worker(
         address=f"pool {POOL}, {settings.runs_at_once} at once; runs clone {own['VDVAE_ORIGIN']}",
         before=before,
     )
-
-
-def _dvc_cache() -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise UserError(f"'dvc cache dir' fails: {' '.join(done.stderr.split())[:300]}")
-    return str(Path(done.stdout.strip()).resolve())
 
 
 def _write_private(path: Path, text: str) -> None:

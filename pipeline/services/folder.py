@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline import process
+from pipeline.system import process
 from vdvae.files import atomic_write_json, read_json
 
 FOLDER = Path("services")

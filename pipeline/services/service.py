@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from pipeline.process import end_with_parent
 from pipeline.services.folder import LOGS
+from pipeline.system.process import end_with_parent
 
 _MOST_LOG_BYTES = 10_000_000
 _END_SECONDS = 15

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from pipeline.process import visible_gpus
+from pipeline.system.process import visible_gpus
 from vdvae.config import UserError, shown
 
 POOL = "vdvae"  # Prefect's work pool, which prefect.yaml names too

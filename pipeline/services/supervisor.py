@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.params import Places
-from pipeline.process import StopRequest, end_all, end_with_parent
 from pipeline.services import definitions, folder
 from pipeline.services.folder import FOLDER, LOGS, grace_seconds, of_a_flow_run
 from pipeline.services.prefect_api import PrefectApi
 from pipeline.services.service import Service, answers
 from pipeline.services.settings import Settings
+from pipeline.system.process import StopRequest, end_all, end_with_parent
 from vdvae.config import UserError
 
 _MOST_RESTARTS = 5
@@ -96,7 +96,7 @@ class Supervisor:
         if definitions.own_mlflow():
             # While Prefect starts: the database with the experiment whose pictures and models lie
             # where runs without this server put them, too.
-            prepare = [sys.executable, "-m", "pipeline.tracking"]
+            prepare = [sys.executable, "-m", "pipeline.tracking.run"]
             self._finish("mlflow-prepare", prepare, environment)
             self._add(definitions.mlflow(self.settings, environment, places))
         self._wait_for(prefect)

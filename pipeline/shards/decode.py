@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.shards.manifest import KEY, Shard
-from pipeline.sources import on_levels
+from pipeline.sources.source import on_levels
 from pipeline.sources.tars import members
 from pipeline.storage import ObjectMissing, Store
 from vdvae.config import UserError

@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from pipeline.process import end_with_parent
+from pipeline.system.process import end_with_parent
 from vdvae.config import UserError, shown
 from vdvae.files import atomic_write_json, read_json
 

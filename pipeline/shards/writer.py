@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.params import DataConfig, check_name
-from pipeline.process import alone
 from pipeline.shards.duplicates import HASH_BYTES, find_duplicates
 from pipeline.shards.jobs import Workers, read_record
 from pipeline.shards.manifest import (
@@ -44,9 +43,10 @@ from pipeline.shards.manifest import (
     shard_key,
     shard_name,
 )
-from pipeline.sources import Item, Source, on_levels
 from pipeline.sources.decode import OddImage, OddImages
+from pipeline.sources.source import Item, Source, on_levels
 from pipeline.storage import Store
+from pipeline.system.process import alone
 from vdvae.config import UserError
 from vdvae.files import atomic_write, atomic_write_json, sha256_of
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.params import DataConfig
-from pipeline.sources import Item, Run, require, whole_number
 from pipeline.sources.raw import raw_file
+from pipeline.sources.source import Item, Run, require, whole_number
 from pipeline.sources.tars import members
 from pipeline.storage import shown
 from vdvae.config import UserError

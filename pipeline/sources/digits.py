@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.params import DataConfig
-from pipeline.sources import Item, Run, require, whole_number
+from pipeline.sources.source import Item, Run, require, whole_number
 from vdvae.config import levels_to_uint8
 
 IMAGES = 1797

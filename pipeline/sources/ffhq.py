@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.params import DataConfig
-from pipeline.sources import Item, Run, images_or_why_not, require, whole_number
 from pipeline.sources.decode import OddImage, decode
 from pipeline.sources.raw import File, Files, npy_header, raw_file, raw_files
+from pipeline.sources.source import Item, Run, images_or_why_not, require, whole_number
 from pipeline.storage import shown
 from vdvae.config import UserError
 

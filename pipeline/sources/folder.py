@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipeline.params import DataConfig
-from pipeline.sources import Item, Run, images_or_why_not, on_levels
 from pipeline.sources.decode import FORMATS, OddImage, decode
 from pipeline.sources.raw import File, raw_files, setting, suffix_of
+from pipeline.sources.source import Item, Run, images_or_why_not, on_levels
 from pipeline.storage import shown
 from vdvae.config import UserError
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.params import DataConfig
-from pipeline.sources import Item, Run, images_or_why_not, require, whole_number
 from pipeline.sources.decode import OddImage, decode
 from pipeline.sources.raw import File, raw_files, setting, suffix_of
+from pipeline.sources.source import Item, Run, images_or_why_not, require, whole_number
 from pipeline.sources.tars import members
 from pipeline.storage import shown
 from vdvae.config import UserError

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.params import DataConfig
-from pipeline.sources import Item, Run, require, whole_number
 from pipeline.sources.raw import npy_header, raw_files
+from pipeline.sources.source import Item, Run, require, whole_number
 from pipeline.storage import shown
 from vdvae.config import UserError
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import pipeline.stages.interpreter  # noqa: F401  first: it may put another python in our place
 
 # isort: split
-from pipeline.exits import CANCELLED, fail, machine_error
-from pipeline.launch import launch, ranks_here
 from pipeline.params import load_recipe
-from pipeline.process import end_with_parent, keep_freed_memory
+from pipeline.system.exits import CANCELLED, fail, machine_error
+from pipeline.system.launch import launch, ranks_here
+from pipeline.system.process import end_with_parent, keep_freed_memory
 from vdvae.config import UserError
 
 if TYPE_CHECKING:

@@ -7,32 +7,26 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pipeline.journal import BufferedRun
+from pipeline.git import revision_tags
 from pipeline.params import Places, Recipe, load_recipe
 from pipeline.shards import Manifest, ShardReader
 from pipeline.stages import check_manifest, main
+from pipeline.stages.scoring import scores_of, tell
 from pipeline.storage import open_store
+from pipeline.tracking import BufferedRun
 from vdvae.files import atomic_write, atomic_write_json, sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.params import EvaluateConfig
-    from vdvae.distributed import Ranks
     from vdvae.evaluate import Scores
     from vdvae.model import VDVAE
 
     Batch = tuple[list[str], Tensor]  # names of images, and the images
 
 SPLITS = ("validation", "test")
-_CAVEATS = {
-    "published": "the published likelihood, off 1 in its sums by up to 1e-5",
-    "published_5bit": "the published 5-bit likelihood, which is not normalised: compares with the "
-    "published 0.61 alone",
-}
 
 
 def evaluate(name: str) -> None:
@@ -76,7 +70,7 @@ def measure(recipe: Recipe, places: Places) -> None:
                 tell(split, found, recipe.model.likelihood)
             metrics: dict[str, Any] = {split: found.summary() for split, found in scores.items()}
             conditions = {
-                **tracking.revision_tags(),
+                **revision_tags(),
                 "manifest_digest": manifest.digest,
                 "weights_sha256": sha256_of(places.model(name) / "model.safetensors"),
                 "likelihood": recipe.model.likelihood,
@@ -94,62 +88,6 @@ def measure(recipe: Recipe, places: Places) -> None:
             run.log_metrics(tracking.flat_metrics(metrics))
             for file in ("per_image.csv", "rates.json", "conditions.json", "metrics.json"):
                 run.log_artifact(results / file)
-
-
-def scores_of(
-    group: Ranks,
-    model: VDVAE,
-    reader: ShardReader,
-    settings: EvaluateConfig,
-    passes: int = 1,
-    iwae: int = 0,
-    watched: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
-) -> Scores | None:
-    """The scores of a split's images, of which each rank takes its own; on the first of them.
-
-    Args:
-        group: who scores.
-        model: on its device.
-        reader: of the split.
-        settings: batch size and seed.
-        passes: see `vdvae.evaluate.score`.
-        iwae: see there.
-        watched: stands between the reader and the model, batch by batch, on every rank.
-    """
-    from vdvae.evaluate import checked, evaluate, interleaved
-
-    batches = watched(reader.scan(settings.batch_size, group.rank, group.size))
-    mine = len(range(group.rank, reader.images, group.size))
-    found = None  # of a rank beyond the number of images; an empty split is the first one's to say
-    if mine or group.first:
-        found = evaluate(model, batches, settings.seed, mine, passes=passes, iwae=iwae)
-    else:
-        next(batches, None)  # ends at once, for whoever watches
-    parts = [part for part in group.gather(found) if part is not None]
-    return checked(interleaved(parts), reader.images) if parts else None
-
-
-def tell(split: str, scores: Scores, likelihood: str) -> None:
-    """Prints the figures of a split in one line, and what its likelihood does not compare with."""
-    figures = scores.summary()
-    text = (
-        f"{split}: {figures['bits_per_dim']:.4f} ± {figures['bits_per_dim_se']:.4f} bits/dim "
-        f"({figures['nats_per_dim']:.4f} nats/dim) over {figures['images']} images"
-    )
-    if scores.passes > 1:
-        text += (
-            f", {scores.passes} draws of the posterior (error over draws "
-            f"{figures['bits_per_dim_se_draws']:.5f} bits/dim)"
-        )
-    if scores.iwae:
-        text += (
-            f"; importance-weighted by {scores.iwae} draws {figures['iwae_bits_per_dim']:.4f} ± "
-            f"{figures['iwae_bits_per_dim_se']:.4f} bits/dim "
-            f"({figures['iwae_nats_per_dim']:.4f} nats/dim)"
-        )
-    if likelihood in _CAVEATS:
-        text += f" ({_CAVEATS[likelihood]})"
-    print(text, flush=True)
 
 
 def _per_image(scores: dict[str, Scores]) -> str:

@@ -8,7 +8,7 @@ from pipeline.stages import main
 
 def register(recipe_name: str) -> None:
     """Registers, and says in one line where the model is found and who holds the alias."""
-    from pipeline import registry  # brings torch and MLflow: seconds
+    from pipeline.registry import register as registry  # brings torch and MLflow: seconds
 
     done = registry.register(load_recipe(recipe_name), Places.from_env())
     print(f"registered {done.name} version {done.version} ({done.decision})")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pipeline.journal import BufferedRun
 from pipeline.params import Places, load_recipe
 from pipeline.pictures import draw_ladder, draw_samples, save_grid
 from pipeline.shards import Manifest, ShardReader
 from pipeline.stages import check_manifest, main
 from pipeline.storage import open_store
+from pipeline.tracking import BufferedRun
 
 
 def sample(name: str) -> None:

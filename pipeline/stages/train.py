@@ -22,24 +22,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import machine
-from pipeline.exits import CANCELLED
-from pipeline.journal import BufferedRun
-from pipeline.lineage import lock_entries
+from pipeline.dvc import code_of, lock_entries
 from pipeline.params import Places, Recipe, load_recipe, project_root
 from pipeline.pictures import draw_progress, picture_interval, save_grid, shown
-from pipeline.process import StopRequest, alone
 from pipeline.shards import Manifest, ShardReader
 from pipeline.stages import check_manifest, main
-from pipeline.stages.evaluate import scores_of
+from pipeline.stages.scoring import scores_of
 from pipeline.storage import open_store
-from pipeline.yaml_files import read_yaml
+from pipeline.system import machine
+from pipeline.system.exits import CANCELLED
+from pipeline.system.process import StopRequest, alone
+from pipeline.tracking import BufferedRun
 from vdvae.files import atomic_write, sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.stages.evaluate import Batch
+    from pipeline.stages.scoring import Batch
     from vdvae.distributed import Ranks
     from vdvae.doctor import Point
     from vdvae.model import VDVAE
@@ -257,12 +256,6 @@ def run_digest(recipe: Recipe, manifest: Manifest) -> str:
         "code": {path: sha256_of(Path(path)) for path in code_of("train")},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def code_of(stage: str) -> list[str]:
-    """The source files and folders that a stage's results depend on, by dvc.yaml."""
-    listed = read_yaml(Path("dvc.yaml"))["stages"][stage]["do"]
-    return [path for path in listed["deps"] if path.startswith(("vdvae/", "pipeline/"))]
 
 
 def _recorded_by_dvc(recipe: Recipe, folder: Path) -> bool:

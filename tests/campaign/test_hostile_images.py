@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 from repetitions import repetitions
 
-from pipeline import models
 from pipeline.params import DataConfig
-from pipeline.sources import Item, open_source
+from pipeline.registry import use as models
+from pipeline.sources import open_source
 from pipeline.sources.decode import OddImage, decode
+from pipeline.sources.source import Item
 from vdvae.config import ModelConfig, UserError
 
 N = repetitions(400)  # files of each kind; each is read three times

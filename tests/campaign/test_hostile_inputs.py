@@ -23,15 +23,15 @@ import pytest
 from repetitions import repetitions
 
 from pipeline import tracking
-from pipeline.cli import main
-from pipeline.exits import as_a_command
-from pipeline.launch import ranks_here
-from pipeline.overrides import allowed_place
+from pipeline.cli.main import main
+from pipeline.flows.overrides import allowed_place
 from pipeline.params import env_number, load_recipe
 from pipeline.services.settings import Settings
 from pipeline.shards import Manifest
 from pipeline.shards.jobs import _count
 from pipeline.storage import open_store
+from pipeline.system.exits import as_a_command
+from pipeline.system.launch import ranks_here
 from vdvae.config import UserError
 from vdvae.files import atomic_write
 from vdvae.summary import summarise

@@ -14,7 +14,7 @@ import pytest
 from repetitions import repetitions
 from served import Served, application, get, post, rest, sentence, served
 
-from pipeline import connections
+from pipeline.registry import connections
 
 N = repetitions(1000)  # of each kind
 SECONDS = 0.2  # for headers, and without a byte of a body
@@ -150,7 +150,7 @@ def test_every_request_is_answered_or_refused_in_a_sentence(make, monkeypatch):
             raise AssertionError(f"number {number}: {request[:300]!r}: {error!r}") from error
 
     with served(application(SECONDS), SECONDS) as at:
-        for name in ("uvicorn.error", "asyncio", "pipeline.serve"):
+        for name in ("uvicorn.error", "asyncio", "pipeline.registry.serve"):
             monkeypatch.setattr(logging.getLogger(name), "handlers", [listener])
         with ThreadPoolExecutor(ASKERS) as pool:
             for start in range(0, N, 200):

@@ -22,7 +22,7 @@ from repetitions import repetitions
 from safetensors.torch import save as to_bytes
 
 import vdvae
-from pipeline.published import read_checkpoint
+from pipeline.commands.published import read_checkpoint
 from vdvae.checkpoint import CONFIG, WEIGHTS
 from vdvae.config import ModelConfig, TrainConfig, UserError
 from vdvae.published import load_published, to_published

@@ -22,7 +22,8 @@ from postgres_server import postgres_server
 from registry_project import NAME, PARAMS, Project
 from s3_server import S3Server
 
-from pipeline import space, storage, tracking
+from pipeline import storage, tracking
+from pipeline.commands import space
 from pipeline.params import Places
 from pipeline.services.definitions import free_ports
 from pipeline.shards import Manifest

@@ -86,7 +86,7 @@ def test_names_that_a_url_or_ascii_cannot_hold(tmp_path: Path) -> None:
         project = Project(tmp_path / str(number) / name)
         project.set(lambda params: narrow(params, FEW))
         project.run("git", "commit", "-qam", "few steps")
-        vdvae = ("python", "-c", "from pipeline.cli import main; main()")
+        vdvae = ("python", "-c", "from pipeline.cli.main import main; main()")
         project.run(*vdvae, "run", "digits")
         project.run(*vdvae, "run", "digits", "--steps", "5")
         assert len(experiments(project)) == 1

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Project, narrow
 
-VDVAE = (sys.executable, "-c", "from pipeline.cli import main; main()")
+VDVAE = (sys.executable, "-c", "from pipeline.cli.main import main; main()")
 
 
 @pytest.mark.integration

@@ -1,0 +1,223 @@
+"""A run in a clone of its own: what it shares with its origin, and how its results get there.
+
+The origin's working tree is never touched. What the clone found out arrives as a DVC experiment,
+which `dvc exp show` lists there and `dvc exp apply` takes over.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from configobj import ConfigObj
+
+from pipeline.dvc import cache_folder, dvc
+from pipeline.git import CHANGES, git
+from pipeline.params import Places
+from pipeline.system.commands import CommandFailed
+from vdvae.config import UserError
+
+_RAW = Path("data/raw")
+_PUSH_ATTEMPTS = 3
+
+
+def clone(origin: Path, folder: Path) -> None:
+    """Clones the commit that is checked out in `origin`; uncommitted changes stay behind.
+
+    Raises:
+        UserError: where `origin` is no git repository with a commit.
+    """
+    try:
+        git("clone", "--quiet", str(origin), str(folder))
+    except CommandFailed as error:
+        raise UserError(
+            f"{origin}: cannot be cloned ({error}); a run with settings of its own works in a "
+            f"clone: commit the project with git"
+        ) from None
+
+
+def origin_of_clone() -> Path | None:
+    """The checkout that the current folder is a clone of.
+
+    None where the origin is on another machine, or a bare repository on this one: there is then
+    nothing but git to share.
+
+    Raises:
+        UserError: where the current folder is no clone, or the person's own checkout.
+    """
+    try:
+        url = git("remote", "get-url", "origin")
+    except (OSError, CommandFailed):
+        raise UserError(
+            f"{Path.cwd()}: is no clone with a remote 'origin'; a flow run works in a clone that "
+            f"its deployment pulls: deploy with 'prefect deploy --all'"
+        ) from None
+    parts = urlsplit(url)
+    local = unquote(parts.path) if parts.scheme == "file" else url
+    origin = Path(local).resolve() if local.startswith("/") and Path(local).is_dir() else None
+    if origin == Path.cwd().resolve() or os.environ.get("VDVAE_ORIGIN") == str(Path.cwd()):
+        raise UserError(
+            f"{Path.cwd()}: is the origin itself, which no run may edit; deploy with "
+            f"'prefect deploy --all', whose pull step makes a clone"
+        )
+    bare = origin and git("-C", str(origin), "rev-parse", "--is-bare-repository") == "true"
+    return None if bare else origin
+
+
+def share_places(origin: Path | None) -> None:
+    """Sets the places that are not set to those of the origin, for us and for every child.
+
+    Raises:
+        UserError: where they are not set and there is no checkout on this machine.
+    """
+    names = ("VDVAE_STORE", "VDVAE_RUNS", "MLFLOW_TRACKING_URI")
+    if origin is None:
+        for name in (*names, "VDVAE_DVC_CACHE"):
+            if not os.environ.get(name):
+                raise UserError(
+                    f"{name}: is not set, and the origin is no checkout on this machine, whose own "
+                    f"would do; set it to a place that outlives this run's clone"
+                )
+        return
+    here = Path.cwd()
+    os.chdir(origin)  # relative settings and defaults are the origin's
+    try:
+        places = Places.from_env()
+        shared = (places.store_url, str(places.runs), places.tracking_uri)
+        os.environ.update(zip(names, shared, strict=True))
+        os.environ["VDVAE_CACHE"] = str(places.cache)
+        if not os.environ.get("VDVAE_DVC_CACHE"):
+            os.environ["VDVAE_DVC_CACHE"] = str(cache_folder())
+        if not os.environ.get("VDVAE_DATA_ROOTS"):
+            os.environ["VDVAE_DATA_ROOTS"] = str(origin / _RAW)
+    finally:
+        os.chdir(here)
+
+
+def prepare(origin: Path | None) -> None:
+    """Makes the current folder, a fresh clone, share DVC's cache and raw data with its origin."""
+    # `dvc cache dir --local` would write it as ASCII, and end where the path is not.
+    config = ConfigObj({"cache": {"dir": os.environ["VDVAE_DVC_CACHE"]}}, encoding="utf-8")
+    with Path(".dvc/config.local").open("wb") as file:
+        config.write(file)
+    if not _configured("user.email"):
+        git("config", "user.name", "vdvae")
+        git("config", "user.email", "vdvae@localhost")
+    if origin is not None and (origin / _RAW).is_dir():
+        _RAW.mkdir(parents=True, exist_ok=True)
+        for entry in (origin / _RAW).iterdir():
+            if not (_RAW / entry.name).exists():
+                (_RAW / entry.name).symlink_to(entry)
+
+
+def commit() -> str:
+    """The commit that the current folder is at, with its subject."""
+    return git("log", "-1", "--format=%h %s")
+
+
+def head() -> str:
+    """The full hash of the commit that the current folder is at.
+
+    Raises:
+        UserError: where there is none.
+    """
+    try:
+        return git("rev-parse", "--verify", "HEAD")
+    except CommandFailed:
+        raise UserError(f"{Path.cwd()}: has no commit; commit the project with git") from None
+
+
+def find(name: str, baseline: str) -> str | None:
+    """The commit of the experiment of that name on the commit `baseline`; None: there is none."""
+    reference = f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"  # DVC's own place for it
+    try:
+        return git("rev-parse", "--verify", "--quiet", reference)
+    except CommandFailed:
+        return None
+
+
+def read(revision: str, path: str) -> str:
+    """A file that git keeps, as it is in an experiment.
+
+    Raises:
+        UserError: where the experiment has no such file.
+    """
+    try:
+        return git("show", f"{revision}:./{path}")
+    except CommandFailed:
+        raise UserError(
+            f"experiment {revision[:7]}: has no {path}; remove it with 'dvc exp remove "
+            f"{revision[:7]}', then run the same command again"
+        ) from None
+
+
+def fetch(revision: str, path: str, folder: Path) -> Path:
+    """Copies a file that DVC keeps, as it is in an experiment, into a folder.
+
+    Raises:
+        UserError: with DVC's last line, where it is not in the cache.
+    """
+    target = folder / Path(path).name
+    try:
+        dvc("get", ".", path, "--rev", revision, "-o", str(target))
+    except CommandFailed as error:
+        raise UserError(
+            f"experiment {revision[:7]}: {path} is not in DVC's cache ({error}); remove it with "
+            f"'dvc exp remove {revision[:7]}', then run the same command again"
+        ) from None
+    return target
+
+
+def uncommitted(origin: Path) -> list[str]:
+    """Tracked files of the origin that differ from its commit, which no clone sees.
+
+    The shared cache makes up for dvc.lock, which does not count.
+    """
+    status = git("-C", str(origin), *CHANGES)
+    return [line.split(maxsplit=1)[1] for line in status.splitlines()]
+
+
+def publish(name: str, recipe: str, stages: Sequence[str], note: str) -> None:
+    """Saves the current folder's parameters and results as an experiment, and pushes it.
+
+    Args:
+        name: of the experiment; new, since DVC skips one that exists in silence.
+        recipe: whose stages were run.
+        stages: that were run; without them DVC asks for the outputs of all recipes.
+        note: kept as the experiment's message.
+
+    Raises:
+        UserError: with DVC's last line, where it does not arrive in the origin.
+    """
+    targets = [f"{stage}@{recipe}" for stage in stages]
+    message = ["-m", f"{name}: {note}"] if note else []
+    # Outputs that DVC does not cache belong to git, which does not know them yet.
+    plain = [f"results/{recipe}/{file}" for file in ("metrics.json", "conditions.json")]
+    extra = [word for path in plain if Path(path).exists() for word in ("-I", path)]
+    try:
+        dvc("exp", "save", "-n", name, *message, *extra, *targets)
+        for attempt in range(1, _PUSH_ATTEMPTS + 1):
+            try:
+                said = dvc("exp", "push", "--no-cache", "origin", name)
+                break
+            except CommandFailed:
+                if attempt == _PUSH_ATTEMPTS:
+                    raise
+                time.sleep(5 * attempt)
+    except CommandFailed as error:
+        raise UserError(
+            f"experiment {name}: DVC cannot save and push it ({error}); "
+            f"the results are in the store and MLflow: start the same run again"
+        ) from None
+    if "Pushed" not in said:
+        raise UserError(f"experiment {name}: did not arrive in the origin ({said.strip()})")
+
+
+def _configured(key: str) -> bool:
+    try:
+        return bool(git("config", key))
+    except CommandFailed:
+        return False

@@ -1,0 +1,330 @@
+"""What a person may choose for a run, and how the choice becomes a clone's params.yaml.
+
+The kinds below are the one owner of bounds and choices: the form of the Prefect deployments is
+made from them, the shell's options are checked by them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import unquote
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from pipeline.params import (
+    PARAMS,
+    Recipe,
+    load_recipe,
+    no_recipe,
+    read_document,
+    read_params,
+    write_document,
+)
+from pipeline.storage import s3_address, shown_url
+from vdvae.config import UserError, parse_widths
+from vdvae.files import atomic_write
+
+OWN = -1  # of fields where 0 is a choice: the recipe's own
+
+Preset = Annotated[
+    Literal["full", "smoke"],
+    Field(
+        description="full: the recipe as it stands in params.yaml; smoke: a narrow, shallow "
+        "variant at the true resolution, on the CPU in minutes"
+    ),
+]
+Data = Annotated[
+    str,
+    Field(
+        max_length=1000,
+        pattern=r"^(file:///[^?#\x00-\x1f]*|"
+        r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#\x00-\x1f]*)?)?$",
+        description="empty: the recipe's own images; else a folder of images, "
+        "file:///absolute/path or s3://bucket/prefix, below a root that this service allows",
+    ),
+]
+Steps = Annotated[
+    int,
+    Field(ge=0, le=10_000_000, description="training steps, to 10,000,000; 0: the recipe's own"),
+]
+BatchSize = Annotated[
+    int, Field(ge=0, le=4096, description="images a step, to 4,096; 0: the recipe's own")
+]
+LearningRate = Annotated[
+    float,
+    Field(ge=0, le=0.1, allow_inf_nan=False, description="to 0.1; 0: the recipe's own"),
+]
+Seed = Annotated[
+    int,
+    Field(
+        ge=OWN,
+        le=2**31 - 1,
+        description="of weights, order and noise, 0 to 2,147,483,647; -1: the recipe's own",
+    ),
+]
+Precision = Annotated[
+    Literal["recipe", "fp32", "tf32", "bf16"],  # an empty choice would be an empty line
+    Field(
+        description="of convolutions in training; recipe: the recipe's own; tf32 needs a GPU; "
+        "figures are always of fp32"
+    ),
+]
+# A number with bounds: of a choice of numbers, Prefect's form shows 0 as an empty line.
+Gpus = Annotated[
+    int,
+    Field(
+        ge=OWN,
+        le=8,
+        description="-1: where the recipe's own device says; 0: on the CPU; 1 to 8: on GPUs, "
+        "which the run has to itself",
+    ),
+]
+Evaluate = Annotated[bool, Field(description="measure bits/dim on validation and test images")]
+Sample = Annotated[bool, Field(description="draw samples and reconstructions")]
+Register = Annotated[
+    bool, Field(description="make the model a version in the registry; needs evaluate and sample")
+]
+Note = Annotated[str, Field(max_length=500, description="free text, kept with the run")]
+
+_KINDS: dict[str, Any] = {
+    "preset": Preset,
+    "data": Data,
+    "steps": Steps,
+    "batch_size": BatchSize,
+    "learning_rate": LearningRate,
+    "seed": Seed,
+    "precision": Precision,
+    "gpus": Gpus,
+    "evaluate": Evaluate,
+    "sample": Sample,
+    "register": Register,
+    "note": Note,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """The values of the form; each default means the recipe's own, and changes nothing."""
+
+    preset: str = "full"
+    data: str = ""
+    steps: int = 0
+    batch_size: int = 0
+    learning_rate: float = 0.0
+    seed: int = OWN
+    precision: str = "recipe"
+    gpus: int = OWN
+    evaluate: bool = True
+    sample: bool = True
+    register: bool = True
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            try:
+                value = TypeAdapter(kind).validate_python(getattr(self, name))
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"]
+                if "pattern" in reason:  # which says less to a person than the field's own words
+                    reason = f"does not fit the field ({get_args(kind)[1].description})"
+                given = getattr(self, name)
+                given = shown_url(given) if isinstance(given, str) else repr(given)
+                raise UserError(f"{name}: {given}: {reason}") from None
+            object.__setattr__(self, name, value)
+        missing = [name for name in ("evaluate", "sample") if not getattr(self, name)]
+        if self.register and missing:
+            raise UserError(
+                f"register: needs {' and '.join(missing)}, which "
+                f"{'is' if len(missing) == 1 else 'are'} off; switch register off too, or "
+                f"{' and '.join(missing)} on"
+            )
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that run, in the order of the graph."""
+        chosen = [name for name in ("evaluate", "sample", "register") if getattr(self, name)]
+        return ("shard", "train", *chosen)
+
+
+def apply(overrides: Overrides, recipe: str, path: Path = PARAMS) -> Recipe:
+    """Writes the choice into params.yaml, keeping its comments; the recipe joins `active`.
+
+    Other recipes stay active: an experiment without them would remove their results from the
+    checkout that takes it over.
+
+    Raises:
+        UserError: naming the field that does not do; the file is then as it was.
+    """
+    params = read_params(path)
+    if recipe not in params["recipes"]:
+        raise UserError(f"{path}: {no_recipe(recipe, params)}")
+    before = path.read_bytes()
+    document = read_document(path)
+    sections = document["recipes"][recipe]
+    at_once = sections["train"]["batch_size"] // sections["train"].get("accumulation", 1)
+    if overrides.preset == "smoke":
+        shrink(sections)
+    train = sections["train"]
+    if overrides.preset == "full" and train.get("device") == "cuda" and overrides.gpus == 0:
+        raise UserError(
+            f"gpus: 0 would train {recipe} on the CPU, for years; choose 1, or the preset smoke"
+        )
+    for name in ("steps", "batch_size", "learning_rate"):
+        if getattr(overrides, name):
+            train[name] = getattr(overrides, name)
+    share, rest = divmod(train["batch_size"], max(1, overrides.gpus))
+    if rest:
+        raise UserError(
+            f"gpus: a batch of {train['batch_size']} images cannot be divided by {overrides.gpus} "
+            f"GPUs; choose a batch_size that {overrides.gpus} divides"
+        )
+    # As few parts as keep a device from computing more at once than the recipe lets it.
+    parts = next(n for n in range(1, share + 1) if not share % n and share // n <= at_once)
+    if parts > 1 or "accumulation" in train:
+        train["accumulation"] = parts
+    if overrides.seed != OWN:
+        train["seed"] = overrides.seed
+    if overrides.precision != "recipe":
+        train["precision"] = overrides.precision
+    if overrides.gpus != OWN:
+        train["device"] = "cuda" if overrides.gpus else "cpu"
+    if train.get("precision") == "tf32" and train.get("device") == "cpu":
+        raise UserError(
+            f"precision: tf32 needs a GPU, and this run of {recipe} is on the CPU; choose fp32 or "
+            f"bf16, or gpus 1"
+        )
+    if overrides.data:
+        sections["data"] |= {
+            "source": "folder",
+            "path": allowed_place(overrides.data),
+            "validation": 0.1,
+            "test": 0.1,
+            "resize": "crop",
+        }
+    if recipe not in document["active"]:
+        document["active"].append(recipe)
+    write_document(document, path)
+    try:
+        return load_recipe(recipe, path)
+    except UserError:
+        atomic_write(path, before)
+        raise
+
+
+def own_values(recipe: str, path: Path = PARAMS) -> dict[str, str]:
+    """What each field of the form that is left alone means, in words.
+
+    Raises:
+        UserError: for a recipe that is not there or not well formed.
+    """
+    found = load_recipe(recipe, path)
+    train = found.train.to_dict()
+    values = {
+        "data": f"the source {found.data.source} {found.data.path}".rstrip(),
+        "gpus": f"device {train['device']}",
+    }
+    for name in ("steps", "batch_size", "learning_rate", "seed", "precision"):
+        values[name] = _shown(train[name])
+    for name, field in (("steps", "steps"), ("batch_size", "batch_size"), ("device", "gpus")):
+        if _SMOKE[name] != train[name]:
+            values[field] += f" (smoke: {_shown(_SMOKE[name])})"
+    return values
+
+
+def _shown(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+_SMOKE: dict[str, Any] = {  # of the section `train`
+    "steps": 30,
+    "batch_size": 4,
+    "warmup_steps": 5,
+    "log_every": 2,
+    "validate_every": 10,
+    "checkpoint_every": 5,
+    "device": "cpu",
+}
+
+
+def shrink(sections: Any) -> None:
+    """Makes a recipe's sections its smoke variant, in place.
+
+    Every resolution, every way between two and the likelihood stay; widths and counts shrink.
+    """
+    model, train = sections["model"], sections["train"]
+    for side in ("encoder", "decoder"):
+        model[side] = re.sub(r"(\d+)x\d+", r"\1x1", model[side])
+    narrow = min(model["width"], 16)
+    if model["widths"]:
+        # The same resolutions; still growing, from the image's own width to twice that.
+        model["widths"] = ",".join(
+            f"{resolution}:{narrow if width <= model['width'] else min(width, 2 * narrow)}"
+            for resolution, width in parse_widths(model["widths"]).items()
+        )
+    model["width"] = narrow
+    model["latent_channels"] = min(model["latent_channels"], 4)
+    model["mixtures"] = min(model["mixtures"], 3)
+    train |= _SMOKE
+    sections["evaluate"]["batch_size"] = min(sections["evaluate"]["batch_size"], 16)
+    sections["sample"] |= {"n": 4, "reconstructions": 4}
+
+
+def data_roots() -> list[str]:
+    """Where `data` may lie: the entries of VDVAE_DATA_ROOTS with commas between, or data/raw.
+
+    An entry is a folder, /absolute/path, or s3://bucket/prefix, and allows what is below it: `/`
+    every folder, `s3://` every bucket that the machine's credentials reach.
+
+    Raises:
+        UserError: where an entry is neither.
+    """
+    roots = []
+    for entry in filter(None, map(str.strip, os.environ.get("VDVAE_DATA_ROOTS", "").split(","))):
+        if entry.startswith("/"):
+            roots.append(os.path.realpath(entry))
+        elif entry == "s3://" or s3_address(entry):
+            roots.append(entry)
+        else:
+            raise UserError(
+                f"VDVAE_DATA_ROOTS: {shown_url(entry)} is neither /absolute/path nor "
+                f"s3://bucket/prefix; write those, with commas between"
+            )
+    return roots or [os.path.realpath("data/raw")]
+
+
+def allowed_place(data: str) -> str:
+    """The folder, links resolved, or the S3 prefix that the field `data` names.
+
+    Raises:
+        UserError: where it is none, or not below one of the roots.
+    """
+    address = s3_address(data)
+    place = f"s3://{'/'.join(address)}".rstrip("/") if address else str(_folder(data))
+    roots = data_roots()
+    # With a slash behind both, s3://bucket/ab is not below s3://bucket/a.
+    if not any(f"{place}/".startswith(f"{root.rstrip('/')}/") for root in roots):
+        raise UserError(
+            f"data: {shown_url(data)} is not below {' or '.join(roots)}; put the images there, "
+            f"or let the service's owner add their folder or bucket to VDVAE_DATA_ROOTS"
+        )
+    if not address and not os.path.isdir(place):
+        raise UserError(
+            f"data: {shown_url(data)} is not a folder on this machine; check its spelling"
+        )
+    return place
+
+
+def _folder(data: str) -> Path:
+    if not data.startswith("file:///") or {"?", "#"} & set(data):
+        raise UserError(
+            f"data: {shown_url(data)} is not file:///absolute/path or s3://bucket/prefix of "
+            f"images, without empty parts, '.' or '..'"
+        )
+    written = Path(unquote(data.removeprefix("file://")))
+    if ".." in written.parts or "\0" in str(written):
+        raise UserError(f"data: {shown_url(data)} holds '..'; write the folder's own path")
+    return Path(os.path.realpath(written))  # where links lead in a circle, no folder

@@ -1,0 +1,80 @@
+"""Scores of a split, shared among ranks: for `evaluate`, and for the validations of `train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from pipeline.shards import ShardReader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.params import EvaluateConfig
+    from vdvae.distributed import Ranks
+    from vdvae.evaluate import Scores
+    from vdvae.model import VDVAE
+
+    Batch = tuple[list[str], Tensor]  # names of images, and the images
+
+_CAVEATS = {
+    "published": "the published likelihood, off 1 in its sums by up to 1e-5",
+    "published_5bit": "the published 5-bit likelihood, which is not normalised: compares with the "
+    "published 0.61 alone",
+}
+
+
+def scores_of(
+    group: Ranks,
+    model: VDVAE,
+    reader: ShardReader,
+    settings: EvaluateConfig,
+    passes: int = 1,
+    iwae: int = 0,
+    watched: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
+) -> Scores | None:
+    """The scores of a split's images, of which each rank takes its own; on the first of them.
+
+    Args:
+        group: who scores.
+        model: on its device.
+        reader: of the split.
+        settings: batch size and seed.
+        passes: see `vdvae.evaluate.score`.
+        iwae: see there.
+        watched: stands between the reader and the model, batch by batch, on every rank.
+    """
+    from vdvae.evaluate import checked, evaluate, interleaved
+
+    batches = watched(reader.scan(settings.batch_size, group.rank, group.size))
+    mine = len(range(group.rank, reader.images, group.size))
+    found = None  # of a rank beyond the number of images; an empty split is the first one's to say
+    if mine or group.first:
+        found = evaluate(model, batches, settings.seed, mine, passes=passes, iwae=iwae)
+    else:
+        next(batches, None)  # ends at once, for whoever watches
+    parts = [part for part in group.gather(found) if part is not None]
+    return checked(interleaved(parts), reader.images) if parts else None
+
+
+def tell(split: str, scores: Scores, likelihood: str) -> None:
+    """Prints the figures of a split in one line, and what its likelihood does not compare with."""
+    figures = scores.summary()
+    text = (
+        f"{split}: {figures['bits_per_dim']:.4f} ± {figures['bits_per_dim_se']:.4f} bits/dim "
+        f"({figures['nats_per_dim']:.4f} nats/dim) over {figures['images']} images"
+    )
+    if scores.passes > 1:
+        text += (
+            f", {scores.passes} draws of the posterior (error over draws "
+            f"{figures['bits_per_dim_se_draws']:.5f} bits/dim)"
+        )
+    if scores.iwae:
+        text += (
+            f"; importance-weighted by {scores.iwae} draws {figures['iwae_bits_per_dim']:.4f} ± "
+            f"{figures['iwae_bits_per_dim_se']:.4f} bits/dim "
+            f"({figures['iwae_nats_per_dim']:.4f} nats/dim)"
+        )
+    if likelihood in _CAVEATS:
+        text += f" ({_CAVEATS[likelihood]})"
+    print(text, flush=True)
