@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -30,7 +31,8 @@ def test_killed_at_random_moments_the_same_command_gives_the_same_result(tmp_pat
             child.stdout.readline()
         time.sleep(chance.random())
         kills += child.poll() is None
-        os.killpg(child.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
         child.communicate()
 
     hold_a_killed_road(tmp_path, [killer] * KILLS)
