@@ -300,27 +300,6 @@ def test_a_killed_dvc_leaves_no_trainer_and_the_next_start_goes_on(project: Proj
     assert f"resuming at step {max(steps)}/" in project.repro()
 
 
-def test_sigterm_to_the_flow_reaches_training_which_writes_a_checkpoint(project: Project) -> None:
-    project.set(lambda params: params["recipes"]["digits"]["train"].update(steps=100_000))
-    child = project.start(sys.executable, "-m", "pipeline.flows", "digits")
-    assert child.stdout is not None
-    lines = []
-    for line in child.stdout:
-        lines.append(line)
-        step = re.search(r"step (\d+)/", line)  # the log is throttled: not every line is there
-        if step and int(step[1]) >= 40:
-            os.kill(child.pid, signal.SIGTERM)
-            break
-    rest = child.stdout.read()
-    assert child.wait(timeout=60) == 143, "".join(lines) + rest
-    assert "stopped after a checkpoint" in rest
-    assert "Traceback" not in rest
-    assert project.processes() == {}
-    with pytest.raises(ProcessLookupError):
-        os.killpg(child.pid, 0)
-    assert list(project.folder.glob("runs/*/checkpoints/*.json"))
-
-
 @pytest.mark.parametrize(
     ("spoil", "stage", "words"),
     [

@@ -667,6 +667,7 @@ def test_bad_images_of_a_prefix_are_named_as_those_of_a_folder(s3_url, tmp_path)
 def test_a_prefix_that_cannot_be_listed(s3_url, monkeypatch, changes, bucket, reason):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setattr(storage, "_ATTEMPTS", 2)  # not for up to 31 s
     for name, value in changes.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
     words = rf"^s3://{bucket}/p: cannot be listed: .*{reason}.*; check its name, AWS_ENDPOINT_URL"

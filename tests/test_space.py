@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,13 +40,15 @@ recipes:
 
 
 def run(*words: str) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "CI": "true"})
+    path = os.pathsep.join([os.environ["WARM_PYTHON"], os.environ["PATH"]])
+    env = {**os.environ, "CI": "true", "PATH": path}
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def dvc(*words: str) -> str:
-    return run(sys.executable, "-m", "dvc", *words)
+    return run(str(Path(os.environ["WARM_PYTHON"], "python")), "-m", "dvc", *words)
 
 
 def commit(branch: str) -> None:

@@ -35,7 +35,9 @@ LIBRARIES = (
     *("PIL.Image", "boto3", "yaml", "ruamel.yaml", "webdataset", "pandas", "sklearn.datasets"),
     *("dvc.cli", "dvc.repo", "dvc.commands.repro", "dvc.repo.experiments"),
 )
+PREFIX = "warm-"  # of the folder of socket and script
 OURS = ("-m pipeline.", "-c from pipeline.", "-m dvc ")  # commands that are forked
+_ITSELF = "-m pipeline.services supervise"  # it is looked for by its command, to be killed
 
 
 class Warm:
@@ -45,7 +47,7 @@ class Warm:
     """
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="warm-"))
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         parent, self._open = os.pipe()  # it closes when this process ends, whatever ends it
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(str(self.folder / "socket"))
@@ -94,9 +96,13 @@ def _ask(
 
 def ask(path: Path, words: Sequence[str]) -> NoReturn:
     """What the script does: in the place of `python WORDS`."""
-    if not " ".join(words).startswith(OURS):
+    command = " ".join(words)
+    if not command.startswith(OURS) or command.startswith(_ITSELF):
         os.execv(sys.executable, [sys.executable, *words])
-    code = int(_ask(path, words, Path.cwd(), os.environ, (0, 1, 2)).recv(64) or -signal.SIGKILL)
+    asked = _ask(path, words, Path.cwd(), os.environ, (0, 1, 2))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: asked.send(str(number).encode()))
+    code = int(asked.recv(64) or -signal.SIGKILL)
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
@@ -126,7 +132,7 @@ def serve(listener: socket.socket, parent: int) -> None:
 
 
 def _watch(asked: socket.socket) -> NoReturn:
-    """Runs one command; kills its session where whoever asked has gone."""
+    """Runs one command and passes signals on; kills its session where whoever asked has gone."""
     _, fds, _, _ = socket.recv_fds(asked, 16, 4)
     if not fds:
         os._exit(0)
@@ -138,8 +144,11 @@ def _watch(asked: socket.socket) -> NoReturn:
     for fd in fds:
         os.close(fd)
     ended = os.pidfd_open(pid)
-    if ended not in select.select([ended, asked], [], [])[0]:
-        os.killpg(0, signal.SIGKILL)
+    while ended not in select.select([ended, asked], [], [])[0]:
+        number = asked.recv(64)
+        if not number:
+            os.killpg(0, signal.SIGKILL)
+        os.kill(pid, int(number))
     _, status = os.waitpid(pid, 0)
     asked.send(str(os.waitstatus_to_exitcode(status)).encode())
     os._exit(0)
@@ -156,6 +165,9 @@ def _become(request_fd: int, *standard: int) -> NoReturn:
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
     sys.path[0] = request["cwd"]
+    first = Path(os.environ["PATH"].partition(os.pathsep)[0], "python")
+    if first.parent.name.startswith(PREFIX):
+        sys.executable = str(first)  # what it starts is forked in turn
     how, what, *rest = request["words"]
     sys.argv = [how, *rest]
     sys.stdout.reconfigure(line_buffering="PYTHONUNBUFFERED" in os.environ)  # type: ignore[union-attr]

@@ -148,9 +148,14 @@ def locked(path: Path) -> Iterator[None]:
 @contextmanager
 def _quick_and_quiet() -> Iterator[None]:
     # By default MLflow tries again for minutes: right in mid-training, wrong at the start.
-    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-    before = {name: os.environ.get(name) for name in patience}
-    os.environ.update(patience)
+    own = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+        # As a URI: MLflow writes it into a statement of SQL, where a path may hold an apostrophe.
+        "_MLFLOW_SERVER_ARTIFACT_ROOT": Path("mlruns").absolute().as_uri(),
+    }
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # alembic and SQLAlchemy, of MLflow's own migrations

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,13 +114,21 @@ def test_a_cluster_that_is_lost_on_the_way(
     tmp_path: Path,
     data: DataConfig,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *_paths()]))
     monkeypatch.setattr(jobs, "_PATIENCE_S", 0.3)
-    real = distributed.Client
-    impatient = {"timeout": 3}  # then it gives the scheduler up
-    monkeypatch.setattr(distributed, "Client", lambda at, **how: real(at, **(how | impatient)))
+    real, clients, told, deserted = distributed.Client, [], [], threading.Event()
+
+    def connect(at: str, **how: Any) -> distributed.Client:
+        clients.append(real(at, **(how | {"timeout": 3})))  # then it gives the scheduler up
+        return clients[-1]
+
+    def tell(sentence: str, flush: bool) -> None:
+        told.append(sentence)
+        deserted.set()
+
+    monkeypatch.setattr(distributed, "Client", connect)
+    monkeypatch.setattr(jobs, "print", tell, raising=False)
     (port,) = free_ports(1)
     address = f"tcp://127.0.0.1:{port}"
     monkeypatch.setenv("VDVAE_DASK", address)
@@ -128,13 +137,14 @@ def test_a_cluster_that_is_lost_on_the_way(
 
     def lose_all() -> None:
         worker.kill()
-        time.sleep(2)
+        deserted.wait()
         scheduler.kill()
 
     def on_progress(images: int) -> None:
         if images <= 7 and when == "between two jobs":
             scheduler.kill()
-            time.sleep(5)
+            while clients[-1].status != "closed":
+                time.sleep(0.05)
         elif images <= 7:
             threading.Thread(target=lose_all).start()
             worker.wait()
@@ -148,8 +158,8 @@ def test_a_cluster_that_is_lost_on_the_way(
         ):
             write_shards("r", data, open_source("r", data), FileStore(tmp_path / "store"),
                          tmp_path / "r.json", on_progress, workers=workers)  # fmt: skip
-        told = capsys.readouterr().out.count(f"{address} has no workers left")
-        assert told == (when == "while it waits")
+        assert len(told) == (when == "while it waits")
+        assert all(f"{address} has no workers left" in sentence for sentence in told)
     finally:
         for process in (scheduler, worker):
             process.kill()

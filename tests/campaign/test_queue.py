@@ -56,7 +56,7 @@ def test_temp_runs_end_with_their_origin_and_a_set_dvc_root_changes_nothing(few:
 
 
 def test_experiments_that_share_a_training_wait_for_it(few: Project) -> None:
-    run_grid(few, "-S", "recipes.digits.evaluate.seed=range(0,2)")
+    run_grid(few, "-S", "recipes.digits.sample.seed=range(0,2)")
     assert len(experiments(few)) == 2
     assert len(list(few.folder.glob("runs/digits-*.lock"))) == 1
 
