@@ -15,6 +15,7 @@ from vdvae.files import atomic_path, path_of
 
 PARAMS = Path("params.yaml")
 RECIPE = r"[A-Za-z0-9_-]{1,60}"  # what a recipe's name is made of: it names files and models
+_TOP = ("active", "defaults", "recipes")  # `defaults` is what recipes merge, by YAML's own `<<`
 _COPIES = Path(".dvc/tmp/exps")  # where DVC makes them
 
 
@@ -115,6 +116,8 @@ SHARED_WITH_MODEL = {
 def read_params(path: Path = PARAMS) -> dict[str, Any]:
     """The checked top of params.yaml: {"active": [names], "recipes": {name: sections}}.
 
+    What recipes merge from `defaults` is in their sections.
+
     Raises:
         UserError: where the file is missing, is not YAML within the bounds of `yaml_files`, or its
             top is not as expected.
@@ -125,9 +128,9 @@ def read_params(path: Path = PARAMS) -> dict[str, Any]:
         raise UserError(f"{path}: not found; run this at the project's root") from None
     if not isinstance(params, dict) or not isinstance(params.get("recipes"), dict):
         raise UserError(f"{path}: has no section 'recipes'; restore it with 'git checkout {path}'")
-    unknown = [key for key in params if key not in ("active", "recipes")]
+    unknown = [key for key in params if key not in _TOP]
     if unknown:
-        raise UserError(f"{path}: unknown key {shown(unknown[0])}; known are active, recipes")
+        raise UserError(f"{path}: unknown key {shown(unknown[0])}; known are {', '.join(_TOP)}")
     for name in params["recipes"]:
         check_name(name, path)
     active = params.get("active")

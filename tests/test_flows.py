@@ -223,7 +223,8 @@ def test_a_stage_that_fails_three_times_ends_the_run_with_its_last_lines(
     server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     project = made(tmp_path / "project")
-    broken = "for i in range(30): print('line', i)\nraise RuntimeError('lost')\n"
+    broken = "from pipeline.stages import main\ndef shard(name):\n  for i in range(30):\n    "
+    broken += "print('line', i)\n  raise RuntimeError('lost')\nmain(shard)\n"
     (project.folder / "pipeline/stages/shard.py").write_text(broken)
     monkeypatch.setattr(flows, "_PAUSE_SECONDS", (0, 0))
     with inside(project), pytest.raises(SystemExit) as ended:
@@ -238,7 +239,8 @@ def test_a_stage_that_fails_three_times_ends_the_run_with_its_last_lines(
 
     # Bad input is not tried again, and is one sentence.
     (project.folder / "pipeline/stages/shard.py").write_text(
-        "print('once'); from pipeline.stages import fail; fail('mend it')"
+        "from pipeline.stages import fail, main\n"
+        "def shard(name):\n  print('once')\n  fail('mend it')\nmain(shard)\n"
     )
     with inside(project), pytest.raises(SystemExit) as ended:
         flows.main("digits")
@@ -247,7 +249,8 @@ def test_a_stage_that_fails_three_times_ends_the_run_with_its_last_lines(
 
     # A server that does not answer may be starting again: it is given more time, and asked again.
     (project.folder / "pipeline/stages/shard.py").write_text(
-        "from pipeline.system.exits import Away, fail; fail(Away('S3 is away'))"
+        "from pipeline.stages import main\nfrom pipeline.system.exits import Away\n"
+        "def shard(name):\n  raise Away('S3 is away')\nmain(shard)\n"
     )
     pauses: list[float] = []
     # Its own: others of this process, Prefect's threads among them, sleep as before.

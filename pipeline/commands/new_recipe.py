@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from ruamel.yaml.comments import CommentedMap
 
 from pipeline.params import (
     PARAMS,
@@ -144,7 +147,7 @@ def new_recipe(
     )
 
     document = read_document(path)
-    document["recipes"][name] = _sections(recipe)
+    document["recipes"][name] = _sections(recipe, document.get("defaults", {}))
     # A blank line and a comment in front, as the file's other recipes have them.
     document["recipes"].yaml_set_comment_before_after_key(
         name,
@@ -343,11 +346,18 @@ def _look(name: str, data: DataConfig) -> tuple[int, float, float, bool, str]:
     return len(files), mean, max(std, 1.0), grey, what
 
 
-def _sections(recipe: Recipe) -> dict[str, dict[str, object]]:
-    sections = {
-        section: getattr(recipe, section).to_dict()
-        for section in ("data", "model", "train", "evaluate", "sample", "register")
-    }
-    for key in SHARED_WITH_MODEL:
-        del sections["model"][key]
+def _sections(recipe: Recipe, defaults: Mapping[str, Any]) -> CommentedMap:
+    """A recipe as params.yaml shows one: it merges the defaults, and says what is its own."""
+    sections = CommentedMap()
+    for name in ("data", "model", "train", "evaluate", "sample", "register"):
+        values = getattr(recipe, name).to_dict()
+        if name == "model":
+            values = {k: v for k, v in values.items() if k not in SHARED_WITH_MODEL}
+        shared = defaults.get(name)
+        if getattr(shared, "anchor", None) and shared.anchor.value:
+            values = {k: v for k, v in values.items() if k not in shared or shared[k] != v}
+            sections[name] = CommentedMap(values)
+            sections[name].add_yaml_merge([(0, shared)])
+        else:
+            sections[name] = CommentedMap(values)
     return sections

@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ def run_seeds(recipe: str, seeds: list[int], settings: dict[str, Any]) -> None:
 
 def _run(recipe: str, overrides: Overrides, name: str) -> None:
     """One run in a process of its own: what a kill leaves of it then carries this run's mark."""
-    words = [recipe, json.dumps(asdict(overrides)), name]
+    words = [recipe, json.dumps(overrides.model_dump()), name]
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.commands.seeds", *words],
         preexec_fn=partial(end_with_parent, os.getpid()),
@@ -112,7 +111,7 @@ def _run(recipe: str, overrides: Overrides, name: str) -> None:
 
 def _name(recipe: str, commit: str, overrides: Overrides) -> str:
     # Experiments of two commits may not share a name: `dvc exp apply` could not tell them apart.
-    key = json.dumps([commit, asdict(overrides)], sort_keys=True).encode()
+    key = json.dumps([commit, overrides.model_dump()], sort_keys=True).encode()
     digest = hashlib.sha256(key).hexdigest()[:8]
     return f"{recipe}-{overrides.preset}-seed{overrides.seed}-{digest}"
 

@@ -12,10 +12,9 @@ from prefect.artifacts import (
 from prefect.states import Failed, State
 
 from pipeline.flows import experiment
-from pipeline.flows.engine import PARENT, failure, in_engine
+from pipeline.flows.engine import PARENT, in_engine
 from pipeline.params import Places, load_recipe
 from pipeline.system import process
-from pipeline.system.exits import BAD_INPUT
 from vdvae.config import UserError
 
 _TOLERANCE = 1e-4  # bits/dim, on identical images and draws
@@ -36,7 +35,7 @@ def evaluate_champion(recipe: str) -> State[None] | None:
             experiment.share_places(experiment.origin_of_clone())
         return _rescore(recipe)
     except UserError as error:
-        return Failed(message=failure(BAD_INPUT, str(error)))
+        return Failed(message=str(error))
 
 
 def _rescore(recipe_name: str) -> State[None] | None:

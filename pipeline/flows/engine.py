@@ -34,8 +34,3 @@ def cancelling() -> bool:
 def in_engine() -> bool:
     """Whether a worker started this process for one flow run."""
     return bool(os.environ.get("PREFECT__FLOW_RUN_ID"))
-
-
-def failure(code: int, sentence: str) -> str:
-    """The message of a failed state, from which the shell takes the exit code."""
-    return f"{sentence} (exit code {code})"

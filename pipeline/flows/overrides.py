@@ -1,19 +1,22 @@
 """What a person may choose for a run, and how the choice becomes a clone's params.yaml.
 
-The kinds below are the one owner of bounds and choices: the form of the Prefect deployments is
-made from them, the shell's options are checked by them.
+`Overrides` is the one declaration of each field: the form of the Prefect deployments, with its
+bounds and words, and the options of the shell are made from it.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import unquote
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.params import (
     PARAMS,
@@ -28,113 +31,81 @@ from pipeline.storage import s3_address, shown_url
 from vdvae.config import UserError, parse_widths
 from vdvae.files import atomic_write
 
+T = TypeVar("T")
+
+# Of our form and of the model that Prefect makes of it, whose field hides a method of their base.
+warnings.filterwarnings("ignore", message='Field name "register"')
+
 OWN = -1  # of fields where 0 is a choice: the recipe's own
 
-Preset = Annotated[
-    Literal["full", "smoke"],
-    Field(
-        description="full: the recipe as it stands in params.yaml; smoke: a narrow, shallow "
-        "variant at the true resolution, on the CPU in minutes"
-    ),
-]
-Data = Annotated[
-    str,
-    Field(
+
+class Overrides(BaseModel, frozen=True, extra="forbid"):
+    """The values of the form; each default means the recipe's own, and changes nothing.
+
+    Raises:
+        UserError: naming the field, its value and what would do.
+    """
+
+    preset: Literal["full", "smoke"] = Field(
+        "full",
+        description="full: the recipe as it stands in params.yaml. smoke: a narrow, shallow "
+        "variant at the true resolution, on the CPU in minutes; it shows that all works, while its "
+        "pictures are still noise.",
+    )
+    data: str = Field(
+        "",
         max_length=1000,
         pattern=r"^(file:///[^?#\x00-\x1f]*|"
         r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#\x00-\x1f]*)?)?$",
-        description="empty: the recipe's own images; else a folder of images, "
-        "file:///absolute/path or s3://bucket/prefix, below a root that this service allows",
-    ),
-]
-Steps = Annotated[
-    int,
-    Field(ge=0, le=10_000_000, description="training steps, to 10,000,000; 0: the recipe's own"),
-]
-BatchSize = Annotated[
-    int, Field(ge=0, le=4096, description="images a step, to 4,096; 0: the recipe's own")
-]
-LearningRate = Annotated[
-    float,
-    Field(ge=0, le=0.1, allow_inf_nan=False, description="to 0.1; 0: the recipe's own"),
-]
-Seed = Annotated[
-    int,
-    Field(
+        description="empty: the recipe's own. Else a folder of images, file:///absolute/path on "
+        "the worker's machine or s3://bucket/prefix, below a root that the service allows; they "
+        "are split by fraction, 0.1 for validation and 0.1 for test, and cropped to the recipe's "
+        "size.",
+    )
+    steps: int = Field(
+        0, ge=0, le=10_000_000, description="training steps, to 10,000,000; 0: the recipe's own."
+    )
+    batch_size: int = Field(
+        0, ge=0, le=4096, description="images a step, to 4,096; 0: the recipe's own."
+    )
+    learning_rate: float = Field(
+        0.0, ge=0, le=0.1, allow_inf_nan=False, description="to 0.1; 0: the recipe's own."
+    )
+    seed: int = Field(
+        OWN,
         ge=OWN,
         le=2**31 - 1,
-        description="of weights, order and noise, 0 to 2,147,483,647; -1: the recipe's own",
-    ),
-]
-Precision = Annotated[
-    Literal["recipe", "fp32", "tf32", "bf16"],  # an empty choice would be an empty line
-    Field(
-        description="of convolutions in training; recipe: the recipe's own; tf32 needs a GPU; "
-        "figures are always of fp32"
-    ),
-]
-# A number with bounds: of a choice of numbers, Prefect's form shows 0 as an empty line.
-Gpus = Annotated[
-    int,
-    Field(
+        description="of weights, order and noise, 0 to 2,147,483,647; -1: the recipe's own.",
+    )
+    precision: Literal["recipe", "fp32", "tf32", "bf16"] = Field(
+        "recipe",  # an empty choice would be an empty line
+        description="recipe: the recipe's own. fp32, the reference; bf16, faster; tf32, which "
+        "needs a GPU. Figures are always measured in fp32.",
+    )
+    # A number with bounds: of a choice of numbers, Prefect's form shows 0 as an empty line.
+    gpus: int = Field(
+        OWN,
         ge=OWN,
         le=8,
-        description="-1: where the recipe's own device says; 0: on the CPU; 1 to 8: on GPUs, "
-        "which the run has to itself",
-    ),
-]
-Evaluate = Annotated[bool, Field(description="measure bits/dim on validation and test images")]
-Sample = Annotated[bool, Field(description="draw samples and reconstructions")]
-Register = Annotated[
-    bool, Field(description="make the model a version in the registry; needs evaluate and sample")
-]
-Note = Annotated[str, Field(max_length=500, description="free text, kept with the run")]
+        description="-1: the recipe's own; cuda, and auto where there is one, take every GPU that "
+        "the batch parts into. 0: on the CPU. 1 to 8: on so many GPUs. The run has them to itself; "
+        "others wait.",
+    )
+    evaluate: bool = Field(True, description="measure bits/dim on the validation and test images.")
+    sample: bool = Field(True, description="draw samples and reconstructions.")
+    register: bool = Field(
+        True,
+        description="make the model a version in the registry; needs evaluate and sample.",
+    )
+    note: str = Field(
+        "", max_length=500, description="free text, to 500 characters, kept with the experiment."
+    )
 
-_KINDS: dict[str, Any] = {
-    "preset": Preset,
-    "data": Data,
-    "steps": Steps,
-    "batch_size": BatchSize,
-    "learning_rate": LearningRate,
-    "seed": Seed,
-    "precision": Precision,
-    "gpus": Gpus,
-    "evaluate": Evaluate,
-    "sample": Sample,
-    "register": Register,
-    "note": Note,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Overrides:
-    """The values of the form; each default means the recipe's own, and changes nothing."""
-
-    preset: str = "full"
-    data: str = ""
-    steps: int = 0
-    batch_size: int = 0
-    learning_rate: float = 0.0
-    seed: int = OWN
-    precision: str = "recipe"
-    gpus: int = OWN
-    evaluate: bool = True
-    sample: bool = True
-    register: bool = True
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        for name, kind in _KINDS.items():
-            try:
-                value = TypeAdapter(kind).validate_python(getattr(self, name))
-            except ValidationError as error:
-                reason = error.errors()[0]["msg"]
-                if "pattern" in reason:  # which says less to a person than the field's own words
-                    reason = f"does not fit the field ({get_args(kind)[1].description})"
-                given = getattr(self, name)
-                given = shown_url(given) if isinstance(given, str) else repr(given)
-                raise UserError(f"{name}: {given}: {reason}") from None
-            object.__setattr__(self, name, value)
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _refusal(error) from None
         missing = [name for name in ("evaluate", "sample") if not getattr(self, name)]
         if self.register and missing:
             raise UserError(
@@ -148,6 +119,49 @@ class Overrides:
         """The stages that run, in the order of the graph."""
         chosen = [name for name in ("evaluate", "sample", "register") if getattr(self, name)]
         return ("shard", "train", *chosen)
+
+
+def _refusal(error: ValidationError) -> UserError:
+    first = error.errors()[0]
+    name, reason, given = str(first["loc"][0]), first["msg"], first["input"]
+    if "pattern" in reason:  # which says less to a person than the field's own words
+        reason = f"does not fit the field ({Overrides.model_fields[name].description})"
+    return UserError(f"{name}: {shown_url(given) if isinstance(given, str) else given!r}: {reason}")
+
+
+def as_form(function: Callable[..., T]) -> Callable[..., T]:
+    """Gives a function of keywords the fields of the form as its signature, for Prefect to show."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    fields = [
+        inspect.Parameter(
+            name,
+            keyword,
+            default=field.default,
+            annotation=Annotated[field.annotation, *field.metadata]
+            if field.metadata
+            else field.annotation,
+        )
+        for name, field in Overrides.model_fields.items()
+    ]
+    function.__signature__ = inspect.Signature(fields)  # type: ignore[attr-defined]
+    function.__doc__ = form_text(inspect.getdoc(function) or "")
+    return function
+
+
+def form_text(summary: str, own: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A docstring that tells of each field of the form, from which Prefect takes its words.
+
+    Args:
+        summary: what stands before the fields.
+        own: what the recipe's own value is, by field.
+    """
+    lines = [summary.partition("\n\nArgs:")[0], "", "Args:"]
+    for name, field in Overrides.model_fields.items():
+        text, value = field.description or "", own.get(name)
+        if value is not None:
+            text = text.replace("the recipe's own", f"the recipe's own, {value}", 1)
+        lines.append(f"    {name}: {text}")
+    return "\n".join(lines)
 
 
 def apply(overrides: Overrides, recipe: str, path: Path = PARAMS) -> Recipe:

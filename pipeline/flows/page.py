@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
 
 from prefect import get_run_logger
 from prefect.artifacts import (
@@ -27,10 +30,6 @@ _REMEDY = "run it again"
 _LINE_SECONDS = 1.0  # of the trainer's lines, one in this time goes to the log
 _LINES_A_SECOND = 100  # of all others
 _ARTIFACT_SECONDS = 2.0  # between two updates of the progress
-_STEP = re.compile(
-    r"step (?P<step>\d+)/(?P<steps>\d+)  bits/dim (?P<bits>\S+)  rate (?P<rate>\S+)  "
-    r"distortion (?P<distortion>\S+)  .*?(?P<speed>\S+) img/s  eta (?P<left>.+?)(  |$)"
-)
 
 
 class Throttle:
@@ -41,29 +40,40 @@ class Throttle:
         self._said = self._window = -1e9
         self._count = self._left_out = 0
         self._held: str | None = None
+        self._mutex = threading.Lock()
 
     def __call__(self, line: str) -> None:
-        now = time.monotonic()
-        if _STEP.search(line):
+        """Takes a line that a stage printed."""
+        with self._mutex:
+            now = time.monotonic()
+            if now - self._window >= 1:
+                self._flush()
+                self._window, self._count = now, 0
+            self._count += 1
+            if self._count > _LINES_A_SECOND:
+                self._left_out += 1
+                return
+            if self._held:
+                self._say(self._held)
+                self._held = None
+            self._say(line)
+
+    def progress(self, line: str) -> None:
+        """Takes how far a stage is, in words."""
+        with self._mutex:
+            now = time.monotonic()
             if now - self._said < _LINE_SECONDS:
                 self._held = line
                 return
             self._said, self._held = now, None
             self._say(line)
-            return
-        if now - self._window >= 1:
-            self.flush()
-            self._window, self._count = now, 0
-        self._count += 1
-        if self._count > _LINES_A_SECOND:
-            self._left_out += 1
-            return
-        if self._held:
-            self._say(self._held)
-            self._held = None
-        self._say(line)
 
     def flush(self) -> None:
+        """Says what was held back."""
+        with self._mutex:
+            self._flush()
+
+    def _flush(self) -> None:
         if self._held:
             self._say(self._held)
         if self._left_out:
@@ -89,26 +99,24 @@ class Page:
     def __post_init__(self) -> None:
         self._progress()
 
-    def line(self, line: str) -> None:
-        """Takes a line that a stage printed."""
-        found = _STEP.search(line)
-        if not found:
-            return
-        now, last = time.monotonic(), found["step"] == found["steps"]
-        self._training = int(found["step"]) / int(found["steps"])
+    def progress(self, facts: Mapping[str, Any]) -> None:
+        """Takes how far training is, as the stage tells it."""
+        now, last = time.monotonic(), facts["step"] == facts["steps"]
+        self._training = facts["step"] / facts["steps"]
         if now - self._updated < _ARTIFACT_SECONDS and not last:
             return
         self._updated = now
+        left = timedelta(seconds=facts["seconds_left"])
         rows = {
-            "step": f"{found['step']} of {found['steps']}",
-            "bits/dim": found["bits"],
-            "rate, bits/dim": found["rate"],
-            "distortion, bits/dim": found["distortion"],
-            "images/s": found["speed"],
-            "time left": found["left"],
+            "step": f"{facts['step']} of {facts['steps']}",
+            "bits/dim": f"{facts['bits_per_dim']:.3f}",
+            "rate, bits/dim": f"{facts['rate_bits_per_dim']:.3f}",
+            "distortion, bits/dim": f"{facts['distortion_bits_per_dim']:.3f}",
+            "images/s": f"{facts['images_per_second']:.0f}",
+            "time left": str(left),
         }
         # The artifacts tab shows the first line alone.
-        first = f"step {rows['step']}, {found['bits']} bits/dim, {found['left']} left"
+        first = f"step {rows['step']}, {rows['bits/dim']} bits/dim, {left} left"
         table = "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items())
         self._show("training", 100 * self._training, f"{first}\n\n{table}")
         self._progress()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,7 +18,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from pipeline.system.events import listening
 from pipeline.system.process import adopt_orphans, end_with_parent, grace_seconds
 
 _ALWAYS = ("register",)  # idempotent, and its work is not DVC's to keep
@@ -35,13 +36,19 @@ class StageFailed(RuntimeError):
         super().__init__(f"{stage} ended with exit code {code}:\n" + "\n".join(tail))
 
 
-def run_stage(stage: str, recipe: str, on_line: Callable[[str], None]) -> None:
+def run_stage(
+    stage: str,
+    recipe: str,
+    on_line: Callable[[str], None],
+    on_event: Callable[[dict[str, Any]], None],
+) -> None:
     """Brings one stage of a recipe up to date, by `dvc repro -s`.
 
     Args:
         stage: one of STAGES.
         recipe: an active recipe.
-        on_line: gets each line that the stage prints.
+        on_line: gets each line that the stage prints for people.
+        on_event: gets each event that it tells but the last, in another thread.
 
     Raises:
         StageFailed: the stage ended with another code than 0; 143 after a signal to us.
@@ -60,6 +67,17 @@ def run_stage(stage: str, recipe: str, on_line: Callable[[str], None]) -> None:
     }
     grace = grace_seconds()
     adopt_orphans()
+    end_code: int | None = None  # the stage's own; that of DVC is always 255
+
+    def take(event: dict[str, Any]) -> None:
+        nonlocal end_code
+        if event["event"] == "end":
+            end_code = event["code"]
+        else:
+            on_event(event)
+
+    events = contextlib.ExitStack()
+    environment |= events.enter_context(listening(take))
     child = subprocess.Popen(
         command,
         env=environment,
@@ -93,13 +111,11 @@ def run_stage(stage: str, recipe: str, on_line: Callable[[str], None]) -> None:
         finally:
             _end(child, grace)
             patience.cancel()
+            events.close()
     if stopped:
         raise StageFailed(target, 128 + signal.SIGTERM, list(tail), stopped=True)
-    if code:
-        # DVC's own code is always 255; its last line says how the stage ended.
-        found = re.search(r"exited with (-?\d+)$", tail[-1] if tail else "")
-        code = int(found[1]) if found else code
-        raise StageFailed(target, code if code > 0 else 128 - code, list(tail))
+    if code:  # without a word of the stage it was killed, or DVC did not start it
+        raise StageFailed(target, code if end_code is None else end_code, list(tail))
 
 
 @contextlib.contextmanager

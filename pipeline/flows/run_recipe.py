@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import re
 import signal
 import sys
 import time
 import uuid
-import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -29,25 +27,8 @@ from prefect.states import Cancelled, Failed, Scheduled, State
 
 from pipeline.dvc import check_recipe
 from pipeline.flows import experiment
-from pipeline.flows.engine import PARENT, cancelling, failure, in_engine, leave
-from pipeline.flows.overrides import (
-    OWN,
-    BatchSize,
-    Data,
-    Evaluate,
-    Gpus,
-    LearningRate,
-    Note,
-    Overrides,
-    Precision,
-    Preset,
-    Register,
-    Sample,
-    Seed,
-    Steps,
-    apply,
-    own_values,
-)
+from pipeline.flows.engine import PARENT, cancelling, in_engine, leave
+from pipeline.flows.overrides import OWN, Overrides, apply, as_form, form_text, own_values
 from pipeline.flows.page import Page, Throttle
 from pipeline.flows.repro import StageFailed, run_stage
 from pipeline.params import Places, load_recipe
@@ -56,22 +37,20 @@ from pipeline.system.exits import AWAY, BAD_INPUT, CANCELLED, fail
 from pipeline.system.launch import ranks_on
 from vdvae.config import UserError
 
-# Prefect makes a pydantic model of the form, whose field `register` hides a method of its base.
-warnings.filterwarnings("ignore", message='Field name "register"')
-
 _ATTEMPTS = 3  # of a stage whose process was lost, or whose network was
 _PAUSE_SECONDS = (2, 10)  # before the second and the third
 _AWAY_SECONDS = (30, 120)  # where a server did not answer, which may be starting again
 _GPU_SECONDS = 15  # a run that waits for a GPU looks again after this time
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Shell:
     """What the shell runs, where no deployment says it."""
 
     recipe: str
     in_clone: bool
     experiment: str | None = None  # its name, where the caller wants to find it again
+    exit_code: int = 1  # where the run fails
 
 
 _shell: ContextVar[_Shell | None] = ContextVar("_shell", default=None)
@@ -92,67 +71,20 @@ def _recipe() -> str:
 
 
 @flow(name="run-recipe", flow_run_name=_run_name)
-def run_recipe(
-    preset: Preset = "full",
-    data: Data = "",
-    steps: Steps = 0,
-    batch_size: BatchSize = 0,
-    learning_rate: LearningRate = 0.0,
-    seed: Seed = OWN,
-    precision: Precision = "recipe",
-    gpus: Gpus = OWN,
-    evaluate: Evaluate = True,
-    sample: Sample = True,
-    register: Register = True,
-    note: Note = "",
-) -> State[None] | None:
+@as_form
+def run_recipe(**values: Any) -> State[None] | None:
     """Makes shards, trains, evaluates, draws samples and registers a recipe's model.
 
     A field that is left alone changes nothing. The results arrive as a DVC experiment, an MLflow
     run and a version in the registry. Starting the same form again after a cancel goes on from the
     newest checkpoint.
-
-    Args:
-        preset: full: the recipe as it stands in params.yaml. smoke: a narrow, shallow variant at
-            the true resolution, on the CPU in minutes; it shows that all works, while its
-            pictures are still noise.
-        data: empty: the recipe's own. Else a folder of images, file:///absolute/path on
-            the worker's machine or s3://bucket/prefix, below a root that the service allows; they
-            are split by fraction, 0.1 for validation and 0.1 for test, and cropped to the
-            recipe's size.
-        steps: training steps, to 10,000,000; 0: the recipe's own.
-        batch_size: images a step, to 4,096; 0: the recipe's own.
-        learning_rate: to 0.1; 0: the recipe's own.
-        seed: of weights, order and noise, 0 to 2,147,483,647; -1: the recipe's own.
-        precision: recipe: the recipe's own. fp32, the reference; bf16, faster; tf32, which needs a
-            GPU. Figures are always measured in fp32.
-        gpus: -1: the recipe's own; cuda, and auto where there is one, take every GPU that the
-            batch parts into. 0: on the CPU. 1 to 8: on so many GPUs. The run has them to itself;
-            others wait.
-        evaluate: measure bits/dim on the validation and test images.
-        sample: draw samples and reconstructions.
-        register: make the model a version in the registry; needs evaluate and sample.
-        note: free text, to 500 characters, kept with the experiment.
     """
     try:
-        overrides = Overrides(
-            preset=preset,
-            data=data,
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            seed=seed,
-            precision=precision,
-            gpus=gpus,
-            evaluate=evaluate,
-            sample=sample,
-            register=register,
-            note=note,
-        )
         shell = _shell.get()
-        return _run(_recipe(), overrides, in_clone=shell is None or shell.in_clone)
+        in_clone = shell is None or shell.in_clone
+        return _run(_recipe(), Overrides(**values), in_clone=in_clone)
     except UserError as error:
-        return Failed(message=failure(BAD_INPUT, str(error)))
+        return _failed(BAD_INPUT, str(error))
 
 
 class _Forms:
@@ -162,12 +94,7 @@ class _Forms:
         made = run_recipe.with_options()
         # A recipe that does not do is the run's to refuse, in a sentence on its page.
         with contextlib.suppress(UserError):
-            text = inspect.getdoc(run_recipe) or ""
-            for name, value in own_values(recipe).items():
-                before, field, rest = text.partition(f"\n    {name}: ")
-                words, own, after = rest.partition("the recipe's own")
-                text = f"{before}{field}{words}{own}, {value}{after}"
-            made.__doc__ = text
+            made.__doc__ = form_text(inspect.getdoc(run_recipe) or "", own_values(recipe))
         return made
 
 
@@ -239,17 +166,21 @@ def repro(stage: str, recipe: str, page: Page) -> State[None] | None:
         def on_line(line: str, say: Throttle = say) -> None:
             if line:
                 say(line)
-                page.line(line)
+
+        def on_event(event: dict[str, Any], say: Throttle = say) -> None:
+            if event["event"] == "progress":
+                say.progress(event["text"])
+                page.progress(event)
 
         try:
-            run_stage(stage, recipe, on_line)
+            run_stage(stage, recipe, on_line, on_event)
             return None
         except StageFailed as error:
             if error.stopped:
                 return _stopped(f"{error.stage} was stopped; the same run, started again, goes on")
             if error.code in (BAD_INPUT, CANCELLED) or attempt == _ATTEMPTS:
                 # A state instead of the exception: its message is for people, a traceback is not.
-                return Failed(message=str(error))
+                return _failed(error.code, str(error))
             logger.warning(
                 "%s ended with exit code %s; starting it again (%s of %s)",
                 error.stage,
@@ -262,6 +193,13 @@ def repro(stage: str, recipe: str, page: Page) -> State[None] | None:
         finally:
             say.flush()
     raise AssertionError("the last attempt returns")
+
+
+def _failed(code: int, message: str) -> State[None]:
+    shell = _shell.get()
+    if shell:
+        shell.exit_code = code
+    return Failed(message=message)
 
 
 def _stopped(message: str) -> State[None]:
@@ -354,8 +292,9 @@ def main(recipe: str, overrides: Overrides | None = None, name: str | None = Non
             os.environ.setdefault("VDVAE_DATA_ROOTS", "/,s3://")
             experiment.share_places(root)
         with _workplace(root, overrides):
-            _shell.set(_Shell(recipe, overrides is not None, name))
-            values = asdict(overrides) if overrides else {}
+            shell = _Shell(recipe, overrides is not None, name)
+            _shell.set(shell)
+            values = overrides.model_dump() if overrides else {}
             state = run_recipe(**values, return_state=True)
     except UserError as error:
         fail(error)
@@ -366,8 +305,7 @@ def main(recipe: str, overrides: Overrides | None = None, name: str | None = Non
     if state.is_cancelled():
         sys.exit(CANCELLED)
     if not state.is_completed():
-        found = re.search(r"exit code (\d+)", state.message or "")
-        sys.exit(int(found[1]) if found else 1)
+        sys.exit(shell.exit_code)
 
 
 @contextlib.contextmanager

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pipeline.stages.interpreter  # noqa: F401  first: it may put another python in our place
 
 # isort: split
 from pipeline.params import load_recipe
+from pipeline.system.events import tell
 from pipeline.system.exits import CANCELLED, fail, machine_error
 from pipeline.system.launch import launch, ranks_here
 from pipeline.system.process import end_with_parent, keep_freed_memory
@@ -47,18 +49,34 @@ def main(stage: Callable[[str], None], *, in_ranks: bool = False, computes: bool
     # Unwinds, so that MLflow's run is KILLED; training has an answer of its own.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(CANCELLED))
     name = sys.argv[1]
+    with _end_told():
+        try:
+            ranks = ranks_here(load_recipe(name)) if in_ranks else 1
+            if ranks > 1:
+                sys.exit(launch(f"pipeline.stages.{stage.__name__}", name, ranks))
+            stage(name)
+        except UserError as error:
+            fail(error)
+        except OSError as error:
+            sentence = machine_error(error)
+            if sentence is None:
+                raise
+            fail(sentence)
+
+
+@contextlib.contextmanager
+def _end_told() -> Iterator[None]:
+    """Tells the exit code to whoever listens; of several ranks the launcher alone does."""
+    code = 1
     try:
-        ranks = ranks_here(load_recipe(name)) if in_ranks else 1
-        if ranks > 1:
-            sys.exit(launch(f"pipeline.stages.{stage.__name__}", name, ranks))
-        stage(name)
-    except UserError as error:
-        fail(error)
-    except OSError as error:
-        sentence = machine_error(error)
-        if sentence is None:
-            raise
-        fail(sentence)
+        yield
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    finally:
+        if "RANK" not in os.environ:
+            tell("end", code=code)
 
 
 def check_manifest(recipe: Recipe, manifest: Manifest) -> Manifest:

@@ -30,6 +30,7 @@ from pipeline.stages import check_manifest, main
 from pipeline.stages.scoring import scores_of
 from pipeline.storage import open_store
 from pipeline.system import machine
+from pipeline.system.events import tell
 from pipeline.system.exits import CANCELLED
 from pipeline.system.process import StopRequest, alone
 from pipeline.tracking import BufferedRun
@@ -286,7 +287,7 @@ def _curves_csv(history: list[Point]) -> str:
 
 
 def _tell(progress: Progress, point: Point, batch_size: int) -> None:
-    """Prints where the run stands: one line an interval, or a bar on a terminal."""
+    """Tells where the run stands: an event, or one line an interval, or a bar on a terminal."""
     left = progress.steps - progress.step
     seconds = round(left * batch_size / max(point["images_per_second"], 1e-9))
     text = (
@@ -298,6 +299,9 @@ def _tell(progress: Progress, point: Point, batch_size: int) -> None:
     )
     if "validation_bits_per_dim" in point:
         text += f"  validation {point['validation_bits_per_dim']:.4f}"
+    facts = {"step": progress.step, "steps": progress.steps, "seconds_left": seconds, **point}
+    if tell("progress", text=text, **facts):
+        return
     if sys.stdout.isatty():
         done = 20 * progress.step // progress.steps
         end = "" if left else "\n"
