@@ -354,7 +354,7 @@ def _sections(recipe: Recipe, defaults: Mapping[str, Any]) -> CommentedMap:
         if name == "model":
             values = {k: v for k, v in values.items() if k not in SHARED_WITH_MODEL}
         shared = defaults.get(name)
-        if getattr(shared, "anchor", None) and shared.anchor.value:
+        if isinstance(shared, CommentedMap) and shared.anchor.value:
             values = {k: v for k, v in values.items() if k not in shared or shared[k] != v}
             sections[name] = CommentedMap(values)
             sections[name].add_yaml_merge([(0, shared)])

@@ -14,10 +14,9 @@ import math
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.params import env_number
@@ -27,6 +26,9 @@ from pipeline.shards.manifest import Manifest
 from pipeline.shards.workers import BlockMaker, Blocks, Threads
 from pipeline.storage import Store
 from vdvae.config import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 WINDOW_BYTES = 256 * 2**20  # of pixels, unless one shard has more
 _KEY_BYTES = 128  # an image's key, about: the order depends on it
@@ -165,6 +167,8 @@ class ShardReader:
         self, runs: Iterable[_Run], batch_size: int, with_keys: bool, turn: float
     ) -> Generator[tuple[list[str], torch.Tensor]]:
         """Batches of the images that `runs` name; the next ones are made ready meanwhile."""
+        import torch  # seconds, which processes that only decode do without
+
         reading = _Reading(self, with_keys, turn)
         thread: Threads[list[str]] = Threads(1)
         height, width, channels = self.manifest.shape

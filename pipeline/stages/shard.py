@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from pipeline.params import Places, load_recipe
-from pipeline.pictures import save_grid, shown, small
+from pipeline.pictures import save_grid, small
 from pipeline.shards import SPLITS, Manifest, ShardReader, write_shards
 from pipeline.shards.jobs import open_workers
 from pipeline.sources import open_source
@@ -67,9 +67,10 @@ def draw_contacts(manifest: Manifest, store: Store, places: Places) -> None:
     for split in SPLITS:
         parts: list[np.ndarray] = []
         left = CONTACTS
-        # Read back by the reader's own way, a shard at a time.
-        for _, x_BCHW in ShardReader(manifest, store, split, window_bytes=1).scan(8):
-            parts.append(small(shown(x_BCHW[:left])))
+        decoder = ShardReader(manifest, store, split).maker.decoder
+        for shard in manifest.splits[split].shards:  # read back as training will
+            x_NCHW = decoder.decode(shard).x_NCHW[:left]
+            parts.append(small(np.ascontiguousarray(x_NCHW.transpose(0, 2, 3, 1))))
             left -= len(parts[-1])
             if not left:
                 break
