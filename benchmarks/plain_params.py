@@ -1,4 +1,4 @@
-"""The recipes of params.yaml where there is no YAML library: mappings of one-line values alone.
+"""The recipes of params.yaml where there is no YAML library: mappings, and what they merge.
 
 params.yaml stays the one owner of its numbers; tests/test_gpu.py holds this reading of it equal to
 PyYAML's.
@@ -19,7 +19,7 @@ _FROM_DATA = {
     "image_channels": "channels",
     "num_levels": "num_levels",
 }
-_LINE = re.compile(r'( *)([\w-]+):(?: +("[^"\\]*"|\[[^\]#]*\]|[^\s#"\[][^#]*?))?(?: *| +#.*)')
+_LINE = re.compile(r'( *)([\w-]+|<<):(?: +("[^"\\]*"|\[[^\]#]*\]|[^\s#"\[][^#]*?))?(?: *| +#.*)')
 
 _NO_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}  # what YAML may read there
 
@@ -27,11 +27,15 @@ _NO_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}  # what
 def read_plain_yaml(text: str) -> dict[str, Any]:
     """Mappings by indentation, whose values are one-line scalars and lists of them.
 
+    Of YAML's merge keys what params.yaml uses: `key: &name`, `<<: *name` before a mapping's own
+    keys, `key: {<<: *name, own: 1}`.
+
     Raises:
         ValueError: naming the first line that is anything else.
     """
     top: dict[str, Any] = {}
     open_at: list[tuple[int, dict[str, Any]]] = [(-1, top)]  # indentation of what has been opened
+    anchored: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
@@ -44,17 +48,34 @@ def read_plain_yaml(text: str) -> dict[str, Any]:
         inside = open_at[-1][1]
         if key in inside:
             raise ValueError(f"line {number}: {key} stands here twice")
-        inside[key] = {} if value is None else _value(value, number)
-        if value is None:
+        if value is None or value.startswith("&"):
+            inside[key] = {}
             open_at.append((indentation, inside[key]))
-    return top
+            if value:
+                anchored[value[1:]] = inside[key]
+        elif value.startswith("{"):
+            inside[key] = pairs = {}
+            for own, _, text_of_it in (part.partition(": ") for part in value[1:-1].split(", ")):
+                pairs[own] = _value(text_of_it, number)
+        else:
+            inside[key] = _value(value, number)
+    return _merged(top, anchored)
+
+
+def _merged(value: Any, anchored: dict[str, dict[str, Any]]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    own = {key: _merged(item, anchored) for key, item in value.items() if key != "<<"}
+    return {**anchored[value["<<"][1:]], **own} if "<<" in value else own
 
 
 def _value(text: str, number: int) -> Any:
-    if text.startswith("["):
+    if text.startswith("[") and text.endswith("]"):
         return [_value(part.strip(), number) for part in text[1:-1].split(",") if part.strip()]
     if text.startswith('"'):
         return text[1:-1]
+    if re.fullmatch(r"\*\w+", text):
+        return text  # the name of what is merged
     if text in ("true", "false"):
         return text == "true"
     if re.fullmatch(r"-?(0|[1-9]\d*)", text):

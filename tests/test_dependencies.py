@@ -17,8 +17,14 @@ _MACHINERY = {
         ("pipeline/system/exits.py", "pipeline/system/launch.py", "pipeline/system/process.py"),
         "starts and ends processes",
     ),
+    "pipeline/system/events.py": "tells how far a stage is",
     **dict.fromkeys(
-        ("pipeline/__init__.py", "pipeline/shards/__init__.py", "vdvae/__init__.py"),
+        (
+            "pipeline/__init__.py",
+            "pipeline/shards/__init__.py",
+            "pipeline/system/__init__.py",
+            "vdvae/__init__.py",
+        ),
         "names what is elsewhere",
     ),
     **dict.fromkeys(
@@ -34,11 +40,16 @@ _ON_SHARDS = {
     **_MACHINERY,
     **dict.fromkeys(
         (
+            "pipeline/dvc.py",
+            "pipeline/git.py",
+            "pipeline/system/commands.py",
+            "pipeline/tracking/__init__.py",
             "pipeline/tracking/journal.py",
-            "pipeline/registry/lineage.py",
+            "pipeline/tracking/opening.py",
             "pipeline/tracking/run.py",
+            "pipeline/tracking/store.py",
         ),
-        "tells MLflow of what was found",
+        "tells MLflow of what was found, and of where it comes from",
     ),
     **dict.fromkeys(
         (
@@ -86,12 +97,15 @@ CHANGES_NOTHING = {
         "pipeline/system/machine.py": "measures the machine",
         "pipeline/params.py": "hands over the values, which DVC compares",
         "pipeline/pictures.py": _LOOKED_AT,
-        "pipeline/stages/evaluate.py": "hands images to vdvae/evaluate.py",
+        "pipeline/stages/scoring.py": "hands images to vdvae/evaluate.py",
         "pipeline/stages/train.py": "hands settings and images to vdvae/training.py",
         "vdvae/doctor.py": "judges the curves; a training that it ends has no result",
         "vdvae/sampling.py": _LOOKED_AT,
     },
-    "evaluate": {key: why for key, why in _WITH_A_MODEL.items() if key != "vdvae/distributed.py"},
+    "evaluate": {
+        **{key: why for key, why in _WITH_A_MODEL.items() if key != "vdvae/distributed.py"},
+        "pipeline/stages/scoring.py": "hands images to vdvae/evaluate.py",
+    },
     "sample": {
         **_WITH_A_MODEL,
         "pipeline/stages/sample.py": "hands settings to vdvae/sampling.py",

@@ -16,7 +16,6 @@ import yaml
 from range_server import Server, range_server
 
 from pipeline.cli.main import main
-from pipeline.sources import fetch
 from pipeline.sources.fetch import DATA, fetch_data, held
 from pipeline.system.process import try_lock
 from vdvae.config import UserError
@@ -167,7 +166,7 @@ def test_two_at_once_do_not_mix(mirror: str) -> None:
 
 
 def test_files_go_where_their_recipes_look() -> None:
-    recipes = yaml.safe_load((Path(fetch.__file__).parents[1] / "params.yaml").read_text())
+    recipes = yaml.safe_load((Path(fetch.__file__).parents[2] / "params.yaml").read_text())
     for name, raws in DATA.items():
         path = Path(recipes["recipes"][name]["data"]["path"])
         for raw in raws:

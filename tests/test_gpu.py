@@ -95,7 +95,16 @@ def test_the_recipes_are_those_of_params_yaml(gpu: ModuleType) -> None:
         whole = load_recipe(name, plain_params.PARAMS)
         found = plain_params.recipe(name)
         assert found == (whole.model, whole.train, whole.evaluate.batch_size)
-    for text in ("a: 0x11", "a: no", "a: 1e3", "- a", "a:\n  b", "a: 1\na: 2", "a: |", "a: {b: 1}"):
+    for text in (
+        "a: 0x11",
+        "a: no",
+        "a: 1e3",
+        "- a",
+        "a:\n  b",
+        "a: 1\na: 2",
+        "a: |",
+        "a: {b: [1, 2]}",
+    ):
         with pytest.raises(ValueError, match=r"line [12]: "):
             plain_params.read_plain_yaml(text)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.mergevalue import MergeValue
 
 from pipeline.params import (
     PARAMS,
@@ -357,7 +358,10 @@ def _sections(recipe: Recipe, defaults: Mapping[str, Any]) -> CommentedMap:
         if isinstance(shared, CommentedMap) and shared.anchor.value:
             values = {k: v for k, v in values.items() if k not in shared or shared[k] != v}
             sections[name] = CommentedMap(values)
-            sections[name].add_yaml_merge([(0, shared)])
+            merge = MergeValue()
+            merge.append(shared)
+            merge.merge_pos = 0
+            sections[name].add_yaml_merge(merge)
         else:
             sections[name] = CommentedMap(values)
     return sections
