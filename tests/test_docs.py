@@ -1,8 +1,9 @@
-"""What the documentation names is there: every file in the tree, links, headings, commands."""
+"""What the documentation names is there: files, links, headings, commands, code."""
 
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -82,6 +83,22 @@ def test_links_lead_to_files_and_headings(name: str) -> None:
             wrong.append(f"{name}: {link}: there is no file {path}")
         elif anchor and anchor not in anchors(target):
             wrong.append(f"{name}: {link}: no heading of {path or name} is called so")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_code_that_is_named_is_there(name: str) -> None:
+    """Files in `code spans`, from the root or from pipeline/, and dotted names of the packages."""
+    wrong = []
+    for span in re.findall(r"`([^`\n]+)`", _without_code((ROOT / name).read_text())):
+        for path in re.findall(r"(?<![\w./-])(?:[\w-]+/)+[\w-]+\.py\b", span):
+            if not (ROOT / path).exists() and not (ROOT / "pipeline" / path).exists():
+                wrong.append(f"{name}: there is no file {path}")
+        if re.fullmatch(r"(vdvae|pipeline)(\.\w+)+", span):
+            try:
+                pkgutil.resolve_name(span)
+            except (ImportError, AttributeError):
+                wrong.append(f"{name}: there is no {span}")
     assert not wrong, "\n".join(wrong)
 
 
