@@ -1,6 +1,6 @@
 """kill -9 of what a flow run is made of, on a real server with a real worker.
 
-The table of docs/operations.md: python tests/faults.py 5
+The table of docs/gpus.md: python tests/faults.py 5
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The training doctor: what is wrong with a run, what it comes from, what helps.
 
-It reads the points of the curves alone. What is a threshold here is a judgement: docs/operations.md
+It reads the points of the curves alone. What is a threshold here is a judgement: docs/gpus.md
 says what each is to catch.
 """
 

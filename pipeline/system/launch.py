@@ -1,6 +1,6 @@
 """Several ranks of a stage on this machine, which meet in a file: no port is opened for it.
 
-torchrun does the same over any number of machines (docs/operations.md); then this module rests.
+torchrun does the same over any number of machines (docs/gpus.md); then this module rests.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def test_a_machine_that_is_lost_comes_back(project: Project) -> None:
         *("--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-id=here"),
         *(f"--rdzv-endpoint=localhost:{port}", "-m", "pipeline.stages.train", "digits"),
     )
-    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # docs/operations.md says why
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # docs/gpus.md says why
     first = project.start(*agent, **own_store)
     while socket.socket().connect_ex(("localhost", port)):
         assert first.poll() is None

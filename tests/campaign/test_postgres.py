@@ -54,7 +54,7 @@ class Server(NamedTuple):
 
 @pytest.fixture(scope="module")
 def server(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The server of docs/operations.md with two users, `trainer` and `guest`."""
+    """The server of docs/servers.md with two users, `trainer` and `guest`."""
     folder = tmp_path_factory.mktemp("server")
     config = folder / "auth.ini"
     (port,) = free_ports(1)
