@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,7 +179,7 @@ def test_each_form_names_the_recipes_own_values(monkeypatch: pytest.MonkeyPatch)
         assert f"the recipe's own, device {train.device} (smoke: cpu)" in said["gpus"]
         assert "the recipe's own, the source " in said["data"]
         defaults = {name: field.get("default") for name, field in form.items()}
-        assert defaults == asdict(Overrides())
+        assert defaults == Overrides().model_dump()
         assert not any(field.keys() & {"anyOf", "$ref", "allOf"} for field in form.values())
 
 

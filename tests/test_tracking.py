@@ -369,7 +369,7 @@ def test_what_the_end_of_a_stage_could_not_deliver_goes_out_later(
     said = capsys.readouterr().out
     assert f"MLflow at {server.url} fails (" in said
     # Ten points and the status; one file.
-    assert "12 lines and files wait in" in said and "'python -m pipeline.tracking.run'" in said
+    assert "12 lines and files wait in" in said and "'python -m pipeline.tracking'" in said
     server.start()
     if by == "the next stage":
         second = opened(here, tmp_path / "run.json")

@@ -435,7 +435,7 @@ def _left_by_flows(places: Places) -> Iterator[Entry]:
 
 def _journals(runs: Path) -> Iterator[Entry]:
     if size := _size_of(runs / "mlflow"):
-        why = "'python -m pipeline.tracking.run' delivers what ended runs left"
+        why = "'python -m pipeline.tracking' delivers what ended runs left"
         yield Entry(place=f"runs {runs}", what="journals for MLflow", bytes=size, why=why)
 
 

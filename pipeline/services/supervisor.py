@@ -96,7 +96,7 @@ class Supervisor:
         if definitions.own_mlflow():
             # While Prefect starts: the database with the experiment whose pictures and models lie
             # where runs without this server put them, too.
-            prepare = [sys.executable, "-m", "pipeline.tracking.run"]
+            prepare = [sys.executable, "-m", "pipeline.tracking"]
             self._finish("mlflow-prepare", prepare, environment)
             self._add(definitions.mlflow(self.settings, environment, places))
         self._wait_for(prefect)

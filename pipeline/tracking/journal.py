@@ -240,7 +240,7 @@ class BufferedRun:
         print(
             f"{self._trouble(reason)}; {self._journal.waiting()} lines and files wait in "
             f"{self._journal.folder}: the next stage delivers them, or, when it answers, "
-            f"'python -m pipeline.tracking.run'",
+            f"'python -m pipeline.tracking'",
             flush=True,
         )
         self._journal.__exit__()
