@@ -440,7 +440,7 @@ def test_a_manifest_of_other_images_is_refused_and_its_remedy_works(project: Pro
     whole = shard.read_bytes()
     shard.chmod(0o644)
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    shutil.rmtree(project.folder / "cache", ignore_errors=True)  # what was read before was verified then
+    shutil.rmtree(project.folder / "cache", ignore_errors=True)  # what was read was verified
     output = project.stage("train", "digits", code=2)
     assert "sha256 mismatch" in output
     remedy = "dvc repro -f -s shard@digits"
