@@ -14,11 +14,10 @@ from vdvae.config import (
     ModelConfig,
     TrainConfig,
     UserError,
-    levels_to_uint8,
     parse_decoder,
     parse_encoder,
-    uint8_to_levels,
 )
+from vdvae.levels import levels_to_uint8, uint8_to_levels
 
 SMALL: dict[str, Any] = {
     "image_size": 8,

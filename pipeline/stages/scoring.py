@@ -49,7 +49,7 @@ def scores_of(
     batches = watched(reader.scan(settings.batch_size, group.rank, group.size))
     mine = len(range(group.rank, reader.images, group.size))
     found = None  # of a rank beyond the number of images; an empty split is the first one's to say
-    if mine or group.first:
+    if mine or group.is_main:
         found = evaluate(model, batches, settings.seed, mine, passes=passes, iwae=iwae)
     else:
         next(batches, None)  # ends at once, for whoever watches
