@@ -378,7 +378,7 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         try:
             safetensors.torch.save_file(tensors, temporary)
         except safetensors.SafetensorError as error:
-            # Its own exception hides the system's: a full disk must look like one.
+            # Its exception hides the system's error, such as a full disk.
             code = re.search(r"os error (\d+)", str(error))
             if code is None:
                 raise

@@ -26,11 +26,11 @@ _MANY = 10**9  # steps, images: more than anybody will see
 
 
 class UserError(ValueError):
-    """Something the user can mend: one sentence with what, where, the value and the remedy."""
+    """An error that the user can fix: one sentence with what, where, the value and the remedy."""
 
 
 class _Shown(reprlib.Repr):
-    """repr() of what somebody else wrote: cut in every direction, and it never fails."""
+    """A repr() of any value, of bounded length and depth, that does not fail."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class _Shown(reprlib.Repr):
 
 
 def shown(value: object) -> str:
-    """A value from outside, as messages show it: its repr, in some 200 characters at most."""
+    """The repr of a user's value for messages, in some 200 characters at most."""
     text = _Shown().repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -94,18 +94,18 @@ def parse_encoder(text: str) -> tuple[EncoderBlock, ...]:
     Raises:
         UserError: for an entry that cannot be read, or a resolution that cannot be reached.
     """
-    said = shown(text)
+    quoted = shown(text)
     blocks: list[EncoderBlock] = []
     for resolution, letter, number in _entries(text, "model.encoder", "xd"):
         reached = blocks[-1].output_resolution if blocks else resolution
         if resolution != reached:
             raise UserError(
-                f"model.encoder: resolution {resolution} of {said} cannot be reached: the blocks "
+                f"model.encoder: resolution {resolution} of {quoted} cannot be reached: the blocks "
                 f"before it end at {reached}; pool down to it, or change the resolution"
             )
         if letter == "d" and (number < 2 or resolution % number):
             raise UserError(
-                f"model.encoder: {resolution}d{number} of {said} cannot pool {resolution} by "
+                f"model.encoder: {resolution}d{number} of {quoted} cannot pool {resolution} by "
                 f"{number}; use a divisor of {resolution} from 2 on"
             )
         blocks += (
@@ -122,21 +122,21 @@ def parse_decoder(text: str) -> tuple[DecoderBlock, ...]:
     Raises:
         UserError: for an entry that cannot be read, or a resolution that cannot be reached.
     """
-    said = shown(text)
+    quoted = shown(text)
     blocks: list[DecoderBlock] = []
     for resolution, letter, number in _entries(text, "model.decoder", "xm"):
         entered = {block.resolution for block in blocks}
         if letter == "m":
             if number not in entered or number >= resolution or resolution % number:
                 raise UserError(
-                    f"model.decoder: {resolution}m{number} of {said}: {number} cannot enter "
+                    f"model.decoder: {resolution}m{number} of {quoted}: {number} cannot enter "
                     f"{resolution}; it must be a divisor of {resolution} that has blocks before it"
                 )
             blocks.append(DecoderBlock(resolution, number))
         else:
             if entered and resolution not in entered:
                 raise UserError(
-                    f"model.decoder: resolution {resolution} of {said} cannot be reached; enter "
+                    f"model.decoder: resolution {resolution} of {quoted} cannot be reached; enter "
                     f"it from a lower one first, by {resolution}m{blocks[-1].resolution}"
                 )
             blocks += [DecoderBlock(resolution, None)] * number
@@ -331,7 +331,7 @@ def _nearest(key: str, known: typing.Iterable[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Config):
-    """Everything that determines a model's function; the defaults are the paper's choices."""
+    """Everything that determines a model's function (Child 2021, sec. 4); defaults as published."""
 
     image_size: int = number(1, 4096)  # pixels a side
     image_channels: int = 3  # 1 (grey) or 3 (red, green, blue)
@@ -344,18 +344,16 @@ class ModelConfig(Config):
     bottleneck: float = number(1e-3, 4, default=0.25)  # inner width of a block / its width
     mixtures: int = number(1, 1000, default=10)  # K logistics of the likelihood
     no_bias_above: int = number(0, 4096, default=64)  # highest resolution with a learned bias map
-    shift: float = number(
-        -1e6, 1e6, default=-127.5
-    )  # encoder input = (pixel + shift) * scale, pixel in 0..255
+    # Encoder input = (pixel + shift) * scale, with pixels in 0..255.
+    shift: float = number(-1e6, 1e6, default=-127.5)
     scale: float = number(-1e6, 1e6, default=1 / 127.5)
     likelihood: Likelihood = "normalised"  # the published arithmetics do not sum to 1
     # The paper's ablations (sec. 5.1, A.1); the published models leave them as they are here.
     residual_scaling: bool = True  # last convolutions scaled by 1/sqrt(N) at the start (Table 3)
     topdown_residual: bool = True  # off: Fig. 5 "FFN"
     unpool: Literal["nearest", "transposed"] = "nearest"  # Fig. 5
-    group_size: int = number(
-        1, MOST_BLOCKS, default=1
-    )  # K consecutive blocks that read one input (Table 1)
+    # K consecutive blocks that read one input (Table 1).
+    group_size: int = number(1, MOST_BLOCKS, default=1)
 
     def check(self) -> None:
         encoder, decoder = parse_encoder(self.encoder), parse_decoder(self.decoder)
@@ -438,7 +436,7 @@ class ModelConfig(Config):
 
     @property
     def num_latents(self) -> int:
-        """Latent variables an image, over all stochastic layers."""
+        """N, the number of latent variables per image, over all stochastic layers."""
         return sum(math.prod(shape) for shape in self.latent_shapes)
 
 

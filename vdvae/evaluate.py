@@ -175,7 +175,7 @@ def concatenated(parts: Sequence[Scores]) -> Scores:
 def interleaved(parts: Sequence[Scores]) -> Scores:
     """The scores of ranks as one, where rank r of R scored the images r, r + R, r + 2R, ...
 
-    Ranks without an image are left out: they are the last ones, and the others have one each.
+    `parts` has no entry for ranks without an image, which come last.
     """
     place = np.concatenate([np.arange(len(p.keys)) * len(parts) + r for r, p in enumerate(parts)])
     order = np.argsort(place)

@@ -482,7 +482,7 @@ class VDVAE(nn.Module):
             [B,P,H,W].
 
         Raises:
-            UserError: for too many latents, or temperatures that are not as said.
+            UserError: for too many latents, a negative temperature or a wrong number of them.
         """
         count = len(self.decoder.blocks)
         temperatures = (
@@ -528,7 +528,7 @@ class VDVAE(nn.Module):
             uint8 [B,C,H,W].
 
         Raises:
-            UserError: for no or too many latents, or temperatures that are not as said.
+            UserError: for no or too many latents, a negative temperature or a wrong number.
         """
         if not latents:
             raise UserError("latents: none given; use sample() to draw from the prior alone")
@@ -555,7 +555,7 @@ class VDVAE(nn.Module):
             uint8 [n,C,H,W].
 
         Raises:
-            UserError: for n below 1, or temperatures that are not as said.
+            UserError: for n below 1, a negative temperature or a wrong number of them.
         """
         if n < 1:
             raise UserError(f"n: {n} images cannot be drawn; ask for at least 1")

@@ -140,7 +140,7 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
     Args:
         a: where `share` is 0, bit for bit.
-        b: where it is 1.
+        b: where `share` is 1, bit for bit.
         share: 0 to 1; between parallel tensors the interpolation is linear.
     """
     cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
