@@ -18,19 +18,13 @@ _MACHINERY = {
         "starts and ends processes",
     ),
     **dict.fromkeys(
-        (
-            "pipeline/__init__.py",
-            "pipeline/shards/__init__.py",
-            "pipeline/system/__init__.py",
-            "vdvae/__init__.py",
-        ),
+        ("pipeline/__init__.py", "pipeline/shards/__init__.py", "vdvae/__init__.py"),
         "names what is elsewhere",
     ),
     **dict.fromkeys(
         ("pipeline/stages/__init__.py", "pipeline/stages/interpreter.py"),
         "starts a stage, or refuses to",
     ),
-    "pipeline/system/events.py": "reports progress",
     "pipeline/shards/cache.py": "gives back what was decoded, compared with its CRC",
     "pipeline/storage.py": "moves bytes, which are compared with the manifest's hashes",
     "pipeline/yaml_files.py": "gives the values that a file holds, or refuses it",
@@ -40,12 +34,11 @@ _ON_SHARDS = {
     **_MACHINERY,
     **dict.fromkeys(
         (
-            "pipeline/dvc.py",
-            "pipeline/git.py",
-            "pipeline/system/commands.py",
-            "pipeline/tracking/",
+            "pipeline/tracking/journal.py",
+            "pipeline/registry/lineage.py",
+            "pipeline/tracking/run.py",
         ),
-        "logs to MLflow, with the versions of code and data",
+        "tells MLflow of what was found",
     ),
     **dict.fromkeys(
         (
@@ -94,15 +87,12 @@ CHANGES_NOTHING = {
         "pipeline/system/machine.py": "measures the machine",
         "pipeline/params.py": "hands over the values, which DVC compares",
         "pipeline/pictures.py": _LOOKED_AT,
-        "pipeline/stages/scoring.py": "hands images to vdvae/evaluate.py",
+        "pipeline/stages/evaluate.py": "hands images to vdvae/evaluate.py",
         "pipeline/stages/train.py": "hands settings and images to vdvae/training.py",
         "vdvae/doctor.py": "judges the curves; a training that it ends has no result",
         "vdvae/sampling.py": _LOOKED_AT,
     },
-    "evaluate": {
-        **{key: why for key, why in _WITH_A_MODEL.items() if key != "vdvae/distributed.py"},
-        "pipeline/stages/scoring.py": "hands images to vdvae/evaluate.py",
-    },
+    "evaluate": {key: why for key, why in _WITH_A_MODEL.items() if key != "vdvae/distributed.py"},
     "sample": {
         **_WITH_A_MODEL,
         "pipeline/stages/sample.py": "hands settings to vdvae/sampling.py",
