@@ -1,6 +1,6 @@
 """The training doctor: diagnoses a run from the points of its curves, and names remedies.
 
-The thresholds are judgements; docs/operations.md says what each is to detect.
+The thresholds are judgements; docs/gpus.md says what each is to detect.
 """
 
 from __future__ import annotations
