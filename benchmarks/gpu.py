@@ -56,7 +56,7 @@ try:
 
     from vdvae.config import ModelConfig, TrainConfig, UserError
     from vdvae.model import VDVAE, bits_per_dim
-    from vdvae.precision import autocast, check_precision, exact_float32, rounding
+    from vdvae.precision import allow_tf32, autocast, check_precision, exact_float32
     from vdvae.published import from_published
     from vdvae.sampling import draw
     from vdvae.training import Progress, train
@@ -232,7 +232,7 @@ class Bench:
             say(f"{precision} {bits:+.5f} bits/dim, gradient's cosine {cosine:.5f}", near)
         with deterministic() as others:
             plain, again = (
-                bound_and_gradient(model, x_BCHW, noise_BN, recompute_from=resolution)
+                bound_and_gradient(model, x_BCHW, noise_BN, from_resolution=resolution)
                 for resolution in (0, 1)
             )
         same = torch.equal(plain[0], again[0]) and torch.equal(plain[1], again[1])
@@ -398,7 +398,7 @@ class Bench:
             batch=config.batch_size,
             precision=config.precision,
             compile=config.compile,
-            recompute_from=config.recompute_from,
+            checkpoint_activations_from=config.checkpoint_activations_from,
             **machine(self.device, 0),
             driver=self.driver,
             note=note,
@@ -415,7 +415,11 @@ class Bench:
         config = replace(config, accumulation=1)
         if not self.dry:
             return model, config, evaluated
-        return replace(model, **_TINY), replace(config, batch_size=4, recompute_from=0), 2
+        return (
+            replace(model, **_TINY),
+            replace(config, batch_size=4, checkpoint_activations_from=0),
+            2,
+        )
 
     def _case(self, name: str) -> tuple[dict[str, Any], np.ndarray]:
         """A whole recipe with the oracle's figures, and its image."""
@@ -443,12 +447,12 @@ def bound_and_gradient(
     x_BCHW: Tensor,
     noise_BN: Tensor,
     precision: str = "fp32",
-    recompute_from: int = 0,
+    from_resolution: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """KLs and distortions in nats, float64 on the CPU, and the gradient of nats/dim, flat."""
-    model.recompute_from = recompute_from
+    model.checkpoint_activations_from = from_resolution
     model.zero_grad(set_to_none=True)
-    with rounding(precision):
+    with allow_tf32(precision):
         with autocast(precision, x_BCHW.device):
             elbo = model(x_BCHW, noise_BN)
         (elbo.neg_elbo_nats_B.mean() / model.config.dims).backward()

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from vdvae.checkpoint import StateWriter
 from vdvae.config import ModelConfig, TrainConfig
 from vdvae.evaluate import score
-from vdvae.precision import arithmetic, rounding
+from vdvae.precision import allow_tf32, arithmetic
 from vdvae.summary import summarise
 from vdvae.training import TrainState, start, update
 
@@ -96,7 +96,7 @@ def matmul_flops(device: torch.device, precision: str, n: int) -> float:
     """FLOP/s of a product of n x n matrices: the best of several."""
     kind, clock = torch.bfloat16 if precision == "bf16" else torch.float32, Clock(device)
     a, b = (torch.randn(n, n, device=device).to(kind) for _ in range(2))
-    with rounding(precision):
+    with allow_tf32(precision):
         a @ b
         return float(2 * n**3 / min(clock(lambda: a @ b) for _ in range(10)))
 
@@ -158,7 +158,7 @@ class Measure:
         self.clock, self.batch = Clock(device), train.batch_size
         ours = replace(train, channels_last=True, accumulation=1)
         plain = replace(ours, precision="fp32", compile=False, channels_last=False,
-                        recompute_from=0)  # fmt: skip
+                        checkpoint_activations_from=0)  # fmt: skip
         self.configs = {"ours": ours, "twin": plain}
         generator = torch.Generator().manual_seed(0)
         size = (self.batch, model.image_channels, model.image_size, model.image_size)
@@ -263,7 +263,7 @@ class Measure:
             "batch": self.batch,
             "precision": ours.precision,
             "compile": ours.compile,
-            "recompute_from": ours.recompute_from,
+            "checkpoint_activations_from": ours.checkpoint_activations_from,
         }
 
     def figures(

@@ -1,7 +1,7 @@
 """Times what a recipe does against its plain twin, in one process and run, and keeps the rows.
 
     python benchmarks/recipe.py cifar10 [--batch 4] [--steps 10] [--threads 2] [--device cpu]
-        [--precision bf16] [--compile] [--recompute-from 1] [--only step,evaluate,load]
+        [--precision bf16] [--compile] [--checkpoint-activations-from 1] [--only step,evaluate,load]
 
 Ours is what the options say, in channels-last memory with fused updates; the twin is PyTorch as it
 comes: float32, its default memory layout, nothing compiled, one parameter updated after the other.
@@ -43,14 +43,16 @@ class WithReading(Measure):
     """The parts that read images, too."""
 
     def __init__(self, recipe: Recipe, words: argparse.Namespace) -> None:
-        recompute = words.recompute_from
+        from_resolution = words.checkpoint_activations_from
+        if from_resolution is None:
+            from_resolution = recipe.train.checkpoint_activations_from
         train = replace(
             recipe.train,
             batch_size=words.batch or recipe.train.batch_size // recipe.train.accumulation,
             accumulation=1,
             precision=words.precision,
             compile=words.compile,
-            recompute_from=recipe.train.recompute_from if recompute is None else recompute,
+            checkpoint_activations_from=from_resolution,
         )
         super().__init__(recipe.model, train, torch.device(words.device), words.steps)
         self.manifest: Manifest | None = None  # of the images of `load`
@@ -97,7 +99,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--recompute-from", type=int, help="default: the recipe's")
+    parser.add_argument("--checkpoint-activations-from", type=int, help="default: the recipe's")
     parser.add_argument("--only", default=",".join(PARTS))
     words = parser.parse_args()
     torch.set_num_threads(words.threads)

@@ -54,7 +54,7 @@ def child(folder: Path) -> None:
         digest = hashlib.sha256()
         for value in model.state_dict().values():
             digest.update(value.numpy().tobytes())
-        if group.first:
+        if group.is_main:
             (folder / "weights").write_text(digest.hexdigest())
 
 

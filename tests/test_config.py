@@ -14,11 +14,10 @@ from vdvae.config import (
     ModelConfig,
     TrainConfig,
     UserError,
-    levels_to_uint8,
     parse_decoder,
     parse_encoder,
-    uint8_to_levels,
 )
+from vdvae.levels import levels_to_uint8, uint8_to_levels
 
 SMALL: dict[str, Any] = {
     "image_size": 8,
@@ -101,3 +100,34 @@ def test_levels_survive_storage(num_levels: int) -> None:
     torched = uint8_to_levels(torch.from_numpy(every), num_levels)
     assert (uint8_to_levels(every, num_levels) == torched.numpy()).all()
     assert (torched.numpy() == every.astype(int) * num_levels // 256).all()
+
+
+TRAIN: dict[str, Any] = {"steps": 1, "batch_size": 1, "learning_rate": 1e-3}
+
+
+def test_a_renamed_setting_is_read_under_its_former_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for _ in range(2):  # the notice is printed once
+        config = TrainConfig.from_dict({**TRAIN, "recompute_from": 8}, where="here")
+    assert config.checkpoint_activations_from == 8
+    assert capsys.readouterr().err == (
+        "note: here: train.recompute_from: is now called checkpoint_activations_from; rename it\n"
+    )
+    both = {**TRAIN, "recompute_from": 8, "checkpoint_activations_from": 8}
+    assert TrainConfig.from_dict(both) == config
+    with pytest.raises(UserError, match=r"recompute_from: is now called .* with another value"):
+        TrainConfig.from_dict({**both, "checkpoint_activations_from": 0})
+    with pytest.raises(UserError, match=r"train.checkpoint_activations_from: 'x' is not a whole"):
+        TrainConfig.from_dict({**TRAIN, "recompute_from": "x"})
+
+
+def test_what_digests_of_runs_are_made_of_stays() -> None:
+    """Another name or key here would begin every training of before anew."""
+    assert [*TrainConfig.from_dict(TRAIN).fixed()] == [
+        *("batch_size", "learning_rate", "warmup_steps", "weight_decay", "beta1", "beta2"),
+        *("ema_decay", "gradient_clip", "skip_threshold", "seed", "precision"),
+        *("log_every", "validate_every", "patience"),
+    ]
+    config = ModelConfig.from_dict(SMALL)
+    assert config.fixed() == config.to_dict()

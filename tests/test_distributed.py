@@ -22,9 +22,10 @@ import torch.distributed as dist
 from test_training import CPU, MODEL, settings
 
 from vdvae.config import TrainConfig, UserError
-from vdvae.distributed import ALONE, Ranks, _fresh, ranks
+from vdvae.distributed import SINGLE, Ranks, _fresh_store, ranks
 from vdvae.model import VDVAE
-from vdvae.training import Stopped, noise_of, share_of, start, train, update
+from vdvae.randomness import training_noise
+from vdvae.training import Stopped, share_of, start, train, update
 
 BATCH = 8
 CONFIG = settings(batch_size=BATCH, warmup_steps=20, learning_rate=3e-3)
@@ -44,7 +45,7 @@ def losses(
     mine = range(group.rank * share, (group.rank + 1) * share)
     found = []
     for step in range(steps):
-        noise_BN = noise_of(config, step, mine, MODEL.num_latents, CPU).to(dtype)
+        noise_BN = training_noise(config.seed, step, mine, MODEL.num_latents, CPU).to(dtype)
         if step == 2 and group.rank == bad_rank:
             noise_BN[:] = math.nan
         figures = update(state, config, images(step * BATCH).chunk(group.size)[group.rank],
@@ -77,16 +78,16 @@ def stopped_by_one(group: Ranks, folder: Path, config: TrainConfig, work: str) -
             seen += BATCH
 
     def validate(model: VDVAE) -> float:
-        if not group.all_agree(work != "validation" or group.first):
+        if not group.all_true(work != "validation" or group.is_main):
             raise Stopped
         return 1.0
 
-    def look(step: int, model: VDVAE) -> None:
+    def on_log(step: int, model: VDVAE) -> None:
         raise Stopped
 
     config = replace(config, validate_every=3)
-    look_on = look if group.first and work == "pictures" else None
-    done = train(MODEL, config, batches, folder, lambda p: True, validate, look_on, group)
+    logged = on_log if group.is_main and work == "pictures" else None
+    done = train(MODEL, config, batches, folder, lambda p: True, validate, logged, group)
     assert done is None
 
 
@@ -97,7 +98,9 @@ def main(folder: Path) -> None:
         found = {
             "float64": losses(group, 200, torch.float64),
             "float32": losses(group, 10, torch.float32),
-            "in parts": losses(group, 20, torch.float64, accumulation=2, recompute_from=1),
+            "in parts": losses(
+                group, 20, torch.float64, accumulation=2, checkpoint_activations_from=1
+            ),
             "bad": losses(group, 4, torch.float32, bad_rank=1),
         }
         config = replace(CONFIG, steps=12, checkpoint_every=4)
@@ -107,9 +110,9 @@ def main(folder: Path) -> None:
         part_of_a_run(group, folder / "passed on", config, 7)
         for work in ("validation", "pictures"):
             stopped_by_one(group, folder / work, config, work)
-            group.wait()  # until the first has written it
+            group.barrier()  # until the first has written it
             part_of_a_run(group, folder / work, config, 99)
-        if group.first:
+        if group.is_main:
             (folder / "found.json").write_text(json.dumps(found))
 
 
@@ -133,16 +136,16 @@ def found(folder: Path) -> dict[str, list[float]]:
 
 
 def test_two_ranks_have_the_losses_of_one(found: dict[str, list[float]]) -> None:
-    alone = losses(ALONE, 200, torch.float64)
+    alone = losses(SINGLE, 200, torch.float64)
     assert found["float64"] == pytest.approx(alone, rel=1e-8)
     assert alone[-1] < alone[0] - 0.5  # it did learn
-    assert found["float32"] == pytest.approx(losses(ALONE, 10, torch.float32), rel=1e-5)
+    assert found["float32"] == pytest.approx(losses(SINGLE, 10, torch.float32), rel=1e-5)
 
 
 def test_a_batch_in_parts_is_the_same_batch(found: dict[str, list[float]]) -> None:
-    alone = losses(ALONE, 20, torch.float64)
+    alone = losses(SINGLE, 20, torch.float64)
     assert found["in parts"] == pytest.approx(alone, rel=1e-8)
-    assert losses(ALONE, 20, torch.float64, accumulation=4) == pytest.approx(alone, rel=1e-8)
+    assert losses(SINGLE, 20, torch.float64, accumulation=4) == pytest.approx(alone, rel=1e-8)
 
 
 def test_what_one_rank_cannot_use_all_skip(found: dict[str, list[float]]) -> None:
@@ -173,7 +176,7 @@ def test_where_one_rank_is_asked_to_stop_all_do_and_go_on(folder: Path, work: st
 
 def test_one_rank_goes_on_where_two_stopped(folder: Path) -> None:
     config = replace(CONFIG, steps=12, checkpoint_every=4)
-    part_of_a_run(ALONE, folder / "passed on", config, 99)
+    part_of_a_run(SINGLE, folder / "passed on", config, 99)
     whole, passed_on = weights(folder / "whole"), weights(folder / "passed on")
     for name, value in whole.items():
         torch.testing.assert_close(passed_on[name], value, rtol=1e-5, atol=1e-6)
@@ -188,9 +191,9 @@ def test_a_batch_that_does_not_part_evenly_is_refused() -> None:
 
 
 def test_noise_is_of_the_image_and_not_of_the_rank() -> None:
-    whole = noise_of(CONFIG, 5, range(8), 6, CPU)
-    assert torch.equal(whole[4:], noise_of(CONFIG, 5, range(4, 8), 6, CPU))
-    assert not torch.equal(whole, noise_of(CONFIG, 6, range(8), 6, CPU))
+    whole = training_noise(CONFIG.seed, 5, range(8), 6, CPU)
+    assert torch.equal(whole[4:], training_noise(CONFIG.seed, 5, range(4, 8), 6, CPU))
+    assert not torch.equal(whole, training_noise(CONFIG.seed, 6, range(8), 6, CPU))
     assert len({tuple(row) for row in whole.tolist()}) == 8
 
 
@@ -201,7 +204,7 @@ def test_ranks_that_start_again_do_not_meet_those_before_them() -> None:
     def meet(rank: int, start: int, late: int) -> str:
         if rank == late:
             time.sleep(0.1)  # the others look at what is there
-        part = _fresh(store, rank, 3)
+        part = _fresh_store(store, rank, 3)
         part.set(f"address/{rank}", f"{start}/{rank}")
         return " ".join(part.get(f"address/{other}").decode() for other in range(3))
 

@@ -5,14 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
 from laws import total_probability
 from torch import Tensor
 
-from vdvae.config import uint8_to_levels
-from vdvae.distributions import dmol_log_prob, dmol_parameters, dmol_sample, gaussian_kl
+from vdvae.distributions import DiscretizedLogisticMixture, gaussian_kl
+from vdvae.levels import uint8_to_levels
+
+
+def mixture(
+    channels: int, num_levels: int, mixtures: int = 3, arithmetic: Any = "normalised"
+) -> DiscretizedLogisticMixture:
+    return DiscretizedLogisticMixture(
+        channels=channels, num_levels=num_levels, mixtures=mixtures, arithmetic=arithmetic
+    )
 
 
 def one_pixel(channels: int, mean: float, log_scale: float, mixtures: int = 3) -> Tensor:
@@ -24,7 +33,7 @@ def one_pixel(channels: int, mean: float, log_scale: float, mixtures: int = 3) -
     rest[:, 1] = log_scale + 0.1 * rest[:, 1]
     logits = torch.randn(mixtures, generator=generator, dtype=torch.float64)
     params = torch.cat([logits, rest.flatten()])[None, :, None, None]
-    assert params.shape[1] == dmol_parameters(channels, mixtures)
+    assert params.shape[1] == mixture(channels, 2, mixtures).num_parameters
     return params
 
 
@@ -39,12 +48,13 @@ def distance_from_one(
 ) -> float:
     """The largest of |sum over all values of a pixel - 1|, over log scales and means."""
     mixtures = 1 if num_levels**channels > 1e6 else 3
+    likelihood = mixture(channels, num_levels, mixtures)
     worst = 0.0
     for log_scale, mean in itertools.product(log_scales, means):
         params = one_pixel(channels, mean, log_scale, mixtures)
         total = total_probability(
-            lambda level, params=params: dmol_log_prob(
-                params.expand(len(level), -1, -1, -1), level, num_levels
+            lambda level, params=params: likelihood.log_prob(
+                params.expand(len(level), -1, -1, -1), level
             ),
             num_levels,
             channels,
@@ -66,12 +76,12 @@ def test_probabilities_of_a_pixel_sum_to_one(num_levels: int, channels: int) -> 
 def test_published_5bit_probabilities_do_not_sum_to_one() -> None:
     """REFERENCE: 1.03 for narrow inner components, 1.45 at the smallest scale, 0.73 at 0."""
 
+    likelihood = mixture(1, 32, 1, "published_5bit")
+
     def total(mean: float, log_scale: float) -> float:
         params = torch.tensor([0.0, mean, log_scale], dtype=torch.float64)[None, :, None, None]
         return total_probability(
-            lambda level: dmol_log_prob(
-                params.expand(len(level), -1, -1, -1), level, 32, "published_5bit"
-            ),
+            lambda level: likelihood.log_prob(params.expand(len(level), -1, -1, -1), level),
             32,
             1,
         )
@@ -94,11 +104,12 @@ def test_published_8bit_falls_back_to_the_density() -> None:
     z = (x - mean) / math.exp(log_scale)
     log_density = z - log_scale - 2 * math.log1p(math.exp(z))
     expected = log_density - math.log(127.5)
-    found = dmol_log_prob(params, level, 256, "published").item()
+    found = mixture(1, 256, 1, "published").log_prob(params, level).item()
     assert found == pytest.approx(expected, rel=1e-9)
     # Where the mass is above 1e-5 both arithmetics agree.
     near = torch.tensor([190])[:, None, None, None]
-    both = [dmol_log_prob(params, near, 256, kind).item() for kind in ("published", "normalised")]
+    kinds = ("published", "normalised")
+    both = [mixture(1, 256, 1, kind).log_prob(params, near).item() for kind in kinds]
     assert both[0] == pytest.approx(both[1], rel=1e-9)
 
 
@@ -107,13 +118,14 @@ def test_draws_have_the_probabilities_that_are_scored(channels: int, num_levels:
     params = one_pixel(channels, 0.1, -0.7)
     n = 200_000
     generator = torch.Generator().manual_seed(1)
-    drawn = dmol_sample(params.expand(n, -1, -1, -1), channels, num_levels, "normalised", generator)
+    likelihood = mixture(channels, num_levels)
+    drawn = likelihood.sample(params.expand(n, -1, -1, -1), generator)
     level = uint8_to_levels(drawn, num_levels)[:, :, 0, 0]
     index = (level * num_levels ** torch.arange(channels)).sum(dim=1)
     counts = torch.bincount(index, minlength=num_levels**channels)
     for value, count in enumerate(counts.tolist()):
         digits = [value // num_levels**place % num_levels for place in range(channels)]
-        log_prob = dmol_log_prob(params, torch.tensor(digits)[None, :, None, None], num_levels)
+        log_prob = likelihood.log_prob(params, torch.tensor(digits)[None, :, None, None])
         p = log_prob.exp().item()
         assert abs(count / n - p) < 5 * math.sqrt(p * (1 - p) / n)
 
@@ -123,10 +135,11 @@ def test_draws_reach_the_tails() -> None:
     log_scale = math.log((1 - 1 / 255) / math.log(1 / 4e-6 - 1))
     params = torch.tensor([0.0, 0.0, log_scale])[None, :, None, None]
     n, generator = 1 << 21, torch.Generator().manual_seed(2)
-    drawn = dmol_sample(params.expand(n, -1, -1, -1), 1, 256, "normalised", generator)
+    likelihood = mixture(1, 256, 1)
+    drawn = likelihood.sample(params.expand(n, -1, -1, -1), generator)
     for level in (0, 255):
         index = torch.tensor(level)[None, None, None, None]
-        p = dmol_log_prob(params.double(), index, 256).exp().item()
+        p = likelihood.log_prob(params.double(), index).exp().item()
         assert p == pytest.approx(4e-6, rel=1e-3)
         assert abs((drawn == level).sum().item() / n - p) < 5 * math.sqrt(p / n)
         assert (drawn == level).any()
@@ -138,7 +151,7 @@ def test_no_uniform_number_gives_what_is_not_finite(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(
             torch, "rand", lambda shape, u=u, **how: torch.full(shape, u, dtype=how["dtype"])
         )
-        drawn = dmol_sample(params, 1, 256)
+        drawn = mixture(1, 256, 2).sample(params)
         assert drawn.item() == (0 if u < 0.5 else 255)
 
 
@@ -159,7 +172,8 @@ def test_gradients_stay_finite_at_extremes() -> None:
     for log_scale in (-30.0, -7.0, 5.0, 30.0):
         for level in (0, 8, 16):
             params = torch.tensor([0.0, 3.0, log_scale])[None, :, None, None].requires_grad_()
-            dmol_log_prob(params, torch.tensor(level)[None, None, None, None], 17).sum().backward()
+            log_prob = mixture(1, 17, 1).log_prob(params, torch.tensor([[[[level]]]]))
+            log_prob.sum().backward()
             assert params.grad is not None
             assert params.grad.isfinite().all()
 

@@ -12,11 +12,12 @@ from test_model import images, make
 from torch import Tensor
 
 from vdvae.config import UserError
-from vdvae.distributions import gaussian_kl, gaussian_log_ratio
-from vdvae.evaluate import evaluate, image_noise, in_batches, joined, score
+from vdvae.distributions import gaussian_kl, gaussian_sampled_kl
+from vdvae.evaluate import concatenated, evaluate, in_batches, score
 from vdvae.latents import exchange, flatten, unflatten
 from vdvae.model import Elbo
 from vdvae.precision import arithmetic
+from vdvae.randomness import evaluation_noise
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -28,7 +29,7 @@ def test_the_kl_is_the_mean_of_the_log_ratio() -> None:
     )
     noise = torch.randn(400_000, 5, generator=generator, dtype=torch.float64)
     z = mean_q + log_sigma_q.exp() * noise
-    ratio = gaussian_log_ratio(noise, log_sigma_q, z, mean_p, log_sigma_p)
+    ratio = gaussian_sampled_kl(noise, log_sigma_q, z, mean_p, log_sigma_p)
     kl = gaussian_kl(mean_q, log_sigma_q, mean_p, log_sigma_p)
     error = ratio.std(dim=0) / math.sqrt(len(noise))
     assert ((ratio.mean(dim=0) - kl).abs() < 5 * error).all()
@@ -58,13 +59,13 @@ class LinearGaussian:
         squared = self.value(x_BCHW).square() / variance
         return (0.5 * (squared + math.log(variance)) + HALF_LOG_2PI)[:, 0]
 
-    def __call__(self, x_BCHW: Tensor, noise_BN: Tensor, at_the_draw: bool = False) -> Elbo:
+    def __call__(self, x_BCHW: Tensor, noise_BN: Tensor, sampled_kl: bool = False) -> Elbo:
         x = self.value(x_BCHW)
         mean_q, log_sigma_q = 0.4 * x, torch.full_like(x, math.log(0.6))
         zero = torch.zeros_like(x)
         z = mean_q + log_sigma_q.exp() * noise_BN
-        if at_the_draw:
-            kl = gaussian_log_ratio(noise_BN, log_sigma_q, z, zero, zero)
+        if sampled_kl:
+            kl = gaussian_sampled_kl(noise_BN, log_sigma_q, z, zero, zero)
         else:
             kl = gaussian_kl(mean_q, log_sigma_q, zero, zero)
         error = (x - self.weight * z) / self.sigma
@@ -138,7 +139,8 @@ def test_passes_average_the_bound_and_say_their_own_error() -> None:
     singles = []
     for draw in range(8):
         with torch.no_grad():
-            elbo = model(x_BCHW, image_noise(model, x_BCHW, 3, draw))
+            noise_BN = evaluation_noise(x_BCHW, model.config.num_latents, 3, draw)
+            elbo = model(x_BCHW, noise_BN.to(model.decoder.gain))
         singles.append(elbo.neg_elbo_nats_B.numpy())
     scores = score(model, x_BCHW, 3, passes=8)
     np.testing.assert_allclose(
@@ -172,7 +174,7 @@ def test_bounds_do_not_depend_on_batches_nor_on_who_scored_them() -> None:
     halves = [
         score(model, x_BCHW[rank::2], 1, keys[rank::2], passes=2, iwae=3) for rank in range(2)
     ]
-    both = joined(halves)
+    both = concatenated(halves)
     assert sorted(both.keys) == keys
     order = np.argsort(both.keys)
     for name in ("rate_nats_B", "distortion_nats_B", "iwae_nats_B", "variance_nats2_B"):

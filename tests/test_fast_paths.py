@@ -42,15 +42,16 @@ def gradients(state: TrainState) -> torch.Tensor:
 def test_recomputed_activations_give_the_same_bits() -> None:
     plain, figures = stepped()
     for resolution in (1, 4):
-        twin, same = stepped(recompute_from=resolution)
+        twin, same = stepped(checkpoint_activations_from=resolution)
         assert same == figures
         assert torch.equal(gradients(twin), gradients(plain))
 
 
 def test_recomputing_keeps_less_for_the_backward_pass() -> None:
-    def kept(recompute_from: int) -> int:
+    def kept(from_resolution: int) -> int:
         """Bytes of what the blocks save, counted by autograd's own hooks."""
-        state = start(WIDER, settings(**PLAIN, recompute_from=recompute_from), CPU)
+        config = settings(**PLAIN, checkpoint_activations_from=from_resolution)
+        state = start(WIDER, config, CPU)
         sizes: dict[int, int] = {}
 
         def pack(x: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pipeline.params import load_recipe
 from pipeline.services.settings import Settings
 from pipeline.shards.jobs import _count, open_workers
 from pipeline.system.launch import ranks_here
-from pipeline.system.process import alone, try_lock
+from pipeline.system.process import exclusive_lock, try_lock
 from pipeline.tracking import connect, locked
 from pipeline.yaml_files import MOST_BYTES, MOST_NESTING, parse_yaml, read_yaml
 from vdvae.config import UserError
@@ -53,7 +53,7 @@ def test_nothing_but_a_file_is_replaced(tmp_path: Path) -> None:
     for thing in things:
         with pytest.raises(UserError, match=f"^{thing}: "):
             atomic_write(thing, "new")
-        with pytest.raises(UserError, match=f"^{thing}: "), alone(thing, 0):
+        with pytest.raises(UserError, match=f"^{thing}: "), exclusive_lock(thing, 0):
             pass
         with pytest.raises(UserError, match=f"^{thing}: "), locked(thing):
             pass
@@ -74,7 +74,7 @@ def test_a_link_stays_and_what_it_names_is_replaced(tmp_path: Path) -> None:
         atomic_write(link, text)
         assert link.is_symlink() and (tmp_path / "far/file").read_text() == text
     # A lock in its place would write the holder's number into somebody's file.
-    for lock in (lambda: alone(link, 0), lambda: locked(link)):
+    for lock in (lambda: exclusive_lock(link, 0), lambda: locked(link)):
         with pytest.raises(UserError, match="lock is a file of its own"), lock():
             pass
     assert link.read_text() == "replaced"

@@ -185,10 +185,9 @@ def test_decoding_all_latents_gives_the_parameters_that_forward_scored() -> None
     noise = torch.randn(3, model.config.num_latents, dtype=torch.float64)
     latents = model.encode(x_BCHW, noise_BN=noise)
     params = model.likelihood_parameters(3, latents)
-    from vdvae.config import uint8_to_levels
-    from vdvae.distributions import dmol_log_prob
+    from vdvae.levels import uint8_to_levels
 
-    distortion = -dmol_log_prob(params, uint8_to_levels(x_BCHW, 17), 17)
+    distortion = -model.decoder.likelihood.log_prob(params, uint8_to_levels(x_BCHW, 17))
     torch.testing.assert_close(distortion, model(x_BCHW, noise).distortion_nats_B)
     first = model.decode(latents, generator=torch.Generator().manual_seed(4))
     assert (first == model.decode(latents, generator=torch.Generator().manual_seed(4))).all()
@@ -212,7 +211,7 @@ def test_temperature_scales_the_prior_and_zero_is_its_mean() -> None:
 
 
 def test_samples_lie_on_the_levels() -> None:
-    from vdvae.config import levels_to_uint8
+    from vdvae.levels import levels_to_uint8
 
     x_BCHW = make().sample(16, generator=torch.Generator().manual_seed(0))
     assert x_BCHW.dtype == torch.uint8

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vdvae.config import Likelihood
-from vdvae.distributions import dmol_log_prob
+from vdvae.distributions import DiscretizedLogisticMixture
 from vdvae.model import VDVAE
 from vdvae.published import from_published
 
@@ -168,7 +168,10 @@ def test_each_narrow_pixel_has_the_oracles_probability(
     params[:, 3::3] *= 0.05  # coefficients
     params_BPHW, level_BCHW = torch.from_numpy(params), bchw(images).int() * levels // 256
     wanted = oracle.distortion_nats({"dataset": dataset, "num_mixtures": 1}, params_BPHW, images)
-    close(-dmol_log_prob(params_BPHW, level_BCHW, levels, likelihood), wanted, 1e-8)
+    mixture = DiscretizedLogisticMixture(
+        channels=3, num_levels=levels, mixtures=1, arithmetic=likelihood
+    )
+    close(-mixture.log_prob(params_BPHW, level_BCHW), wanted, 1e-8)
 
 
 @pytest.mark.parametrize("name", ["custom widths", "several unpool paths"])

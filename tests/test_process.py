@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from pipeline.params import load_recipe, read_params
-from pipeline.stages.train import _Part
+from pipeline.stages.train import _RankTrainer
 from pipeline.system.exits import CANCELLED
 from pipeline.system.process import StopRequest, grace_seconds
 from vdvae.config import UserError
-from vdvae.distributed import ALONE
+from vdvae.distributed import SINGLE
 from vdvae.model import VDVAE
 from vdvae.training import Stopped
 
@@ -85,7 +85,7 @@ def test_a_stop_is_seen_between_any_two_batches_of_a_validation(
     stop = StopRequest(begun=False)
     places: Any = None
     manifest: Any = None
-    part = _Part(recipe, places, manifest, Path("unused"), ALONE, stop)
+    part = _RankTrainer(recipe, places, manifest, Path("unused"), SINGLE, stop)
 
     def batches() -> Iterator[tuple[list[str], torch.Tensor]]:
         for _ in range(5):

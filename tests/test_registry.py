@@ -40,7 +40,7 @@ def test_the_registered_model_scores_and_samples_without_the_repository(project,
     registered = project.register()
     uri = project.places.tracking_uri
     rng = np.random.default_rng(0)
-    images_NHWC = vdvae.config.levels_to_uint8(rng.integers(0, 17, (5, 8, 8, 1)), 17)
+    images_NHWC = vdvae.levels.levels_to_uint8(rng.integers(0, 17, (5, 8, 8, 1)), 17)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     np.save(elsewhere / "images.npy", images_NHWC)

@@ -7,7 +7,7 @@ import torch
 
 import vdvae
 from vdvae import UserError
-from vdvae.evaluate import image_noise
+from vdvae.randomness import evaluation_noise
 from vdvae.sampling import draw, interpolate, reconstruction_ladder, slerp
 
 CONFIG = vdvae.ModelConfig(
@@ -27,7 +27,8 @@ def test_the_ends_of_a_way_are_the_reconstructions(model: vdvae.VDVAE) -> None:
     steps_TCHW = interpolate(model, x_BCHW[0], x_BCHW[1], 5, seed=7)
     assert steps_TCHW.shape == (5, 1, 8, 8) and steps_TCHW.dtype == torch.uint8
     for end, image_BCHW in zip((0, -1), x_BCHW.split(1), strict=True):
-        latents = model.encode(image_BCHW, noise_BN=image_noise(model, image_BCHW, 7))
+        noise_BN = evaluation_noise(image_BCHW, CONFIG.num_latents, 7)
+        latents = model.encode(image_BCHW, noise_BN=noise_BN)
         expected = model.decode(latents, generator=torch.Generator().manual_seed(7))
         assert torch.equal(steps_TCHW[end], expected[0])
     assert not torch.equal(steps_TCHW[0], steps_TCHW[2])

@@ -34,7 +34,7 @@ from pipeline.cli.main import main
 from pipeline.registry import connections, serve
 from pipeline.registry import use as models
 from pipeline.services.definitions import free_ports
-from vdvae.config import levels_to_uint8
+from vdvae.levels import levels_to_uint8
 
 pytestmark = pytest.mark.integration
 

@@ -21,7 +21,7 @@ from pipeline.params import Places, load_recipe
 from pipeline.shards import SPLITS, Manifest, ShardReader, write_shards
 from pipeline.sources import open_source
 from pipeline.storage import FileStore, open_store
-from pipeline.system.process import alone
+from pipeline.system.process import exclusive_lock
 from vdvae.config import UserError
 
 pytestmark = pytest.mark.integration
@@ -299,7 +299,7 @@ def test_training_states_and_what_kills_left(project, capsys):
     for dead in ("flows/1234", "mlflow/5678"):
         (runs / dead).mkdir(parents=True)
         (runs / f"{dead}.lock").touch()
-    with alone(runs / "tiny-000000000004.lock"):
+    with exclusive_lock(runs / "tiny-000000000004.lock"):
         space.du()
         printed = capsys.readouterr().out
         assert "training tiny-000000000004: at work" in printed

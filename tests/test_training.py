@@ -21,8 +21,9 @@ import torch
 from vdvae import checkpoint, training
 from vdvae.checkpoint import load, read_newest_state, save
 from vdvae.config import ModelConfig, TrainConfig, UserError
-from vdvae.evaluate import content_key, evaluate, image_noise, in_batches, score
+from vdvae.evaluate import evaluate, in_batches, score
 from vdvae.model import VDVAE
+from vdvae.randomness import content_key, evaluation_noise
 from vdvae.training import Progress, Stopped, learning_rate, start, train, update
 
 MODEL = ModelConfig(
@@ -66,7 +67,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def look(step: int, model: VDVAE) -> None:
+def draw_samples(step: int, model: VDVAE) -> None:
     """Draws from a generator of its own, as pictures do."""
     model.sample(2, generator=torch.Generator().manual_seed(step))
 
@@ -129,15 +130,15 @@ def test_looking_on_changes_nothing_and_is_not_in_the_time_of_a_step(
     seen: list[Progress] = []
     steps: list[int] = []
 
-    def slow_look(step: int, model: VDVAE) -> None:
+    def slow_on_log(step: int, model: VDVAE) -> None:
         nonlocal slept
         steps.append(step)
-        look(step, model)
+        draw_samples(step, model)
         slept += 1
 
     config = settings()
     model = train(
-        MODEL, config, batches, tmp_path / "b", lambda p: seen.append(p) or True, None, slow_look
+        MODEL, config, batches, tmp_path / "b", lambda p: seen.append(p) or True, None, slow_on_log
     )
     assert model is not None
     assert steps == [3, 6, 9, 12]
@@ -513,12 +514,10 @@ def test_scores_do_not_depend_on_the_batch_and_can_be_repeated() -> None:
 
 
 def test_noise_belongs_to_the_image() -> None:
-    torch.manual_seed(0)
-    model = VDVAE(MODEL)
     x_BCHW = next(batches(0))
     pair = torch.stack([x_BCHW[2], x_BCHW[0]])
-    noise_BN = image_noise(model, x_BCHW, 0)
-    assert torch.equal(image_noise(model, pair, 0), noise_BN[[2, 0]])
+    noise_BN = evaluation_noise(x_BCHW, 6, 0)
+    assert torch.equal(evaluation_noise(pair, 6, 0), noise_BN[[2, 0]])
     assert content_key(x_BCHW[0]) != content_key(x_BCHW[0].flip(-1))
 
 

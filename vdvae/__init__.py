@@ -1,6 +1,6 @@
 """The very deep VAE of Child 2021: hierarchical VAE, mixture of logistics, training, likelihoods.
 
-Needs torch, numpy and safetensors alone.
+Needs nothing but torch, numpy and safetensors.
 """
 
 from __future__ import annotations

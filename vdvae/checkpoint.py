@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import json
 import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor
 
 from vdvae.config import ModelConfig, UserError
+from vdvae.doctor import Point
 from vdvae.files import (
     atomic_path,
     atomic_write,
@@ -35,28 +40,67 @@ LARGEST = 1e6  # of a weight: no training comes near, and sums of its products s
 MOST_BYTES = 2**36  # of a training state whose model is not known
 _MOST_INDEX_BYTES = 2**28  # the points of 1,000,000 intervals
 _HEADER_BYTES = 2**24  # of a safetensors file, at most: names and shapes
-_INDEX: dict[str, Any] = {  # what a training state's index holds
-    "config": dict,
-    "step": int,
-    "skipped": int,
-    "skipped_in_a_row": int,
-    "best_bits_per_dim": (int, float, type(None)),
-    "validations_since_best": int,
-    "findings_seen": dict,
-    "history": list,
-    "window": dict,
+
+
+@dataclass(kw_only=True)
+class Resumable:
+    """What a training state keeps in its JSON index: its fields are the one list of that."""
+
+    step: int = 0  # updates, skipped ones included
+    skipped: int = 0  # updates
+    skipped_in_a_row: int = 0
+    best_bits_per_dim: float | None = None  # of the validations; None before the first finite one
+    validations_since_best: int = 0
+    findings_seen: dict[str, int] = field(default_factory=dict)  # see `doctor.examine`
+    history: list[Point] = field(default_factory=list)  # points are not changed once they are made
+    window: dict[str, float] = field(default_factory=dict)  # sums since the last point
+    # This step's point, and whether it is still to be validated: both that and `on_log` take long,
+    # so a checkpoint is written before them. It joins `history` after them. Older states lack it.
+    pending: tuple[Point, bool] | None = None
+
+    def to_index(self) -> dict[str, Any]:
+        """The fields by name; what training changes in place is copied."""
+        names = (item.name for item in dataclasses.fields(Resumable))
+        return {name: copy.copy(getattr(self, name)) for name in names}
+
+    def restore(self, index: dict[str, Any]) -> None:
+        """Sets the fields from an index that `read_newest_state` has checked."""
+        for item in dataclasses.fields(Resumable):
+            setattr(self, item.name, index.get(item.name, item.default))
+        if self.pending is not None:
+            point, due = self.pending  # a list, in JSON
+            self.pending = point, due
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(v) in (int, float) for v in value.values())
+
+
+_VALID: dict[Any, Callable[[Any], bool]] = {  # by the type of a field of Resumable
+    int: lambda v: type(v) is int and v >= 0,
+    float | None: lambda v: v is None or type(v) in (int, float),
+    dict[str, int]: _are_numbers,
+    dict[str, float]: _are_numbers,
+    list[Point]: lambda v: isinstance(v, list) and all(map(_are_numbers, v)),
+    tuple[Point, bool] | None: lambda v: (
+        v is None or (isinstance(v, list) and len(v) == 2 and _are_numbers(v[0]))
+    ),
 }
 
 
-class _NotWhole(UserError):
-    """What was read is not what was written."""
+class _DamagedError(UserError):
+    """The bytes on the disk are not those that were written."""
 
 
 def save(model: VDVAE, folder: str | Path) -> None:
     """Writes a model's weights and, last, its config; each file appears whole or not at all.
 
+    Args:
+        model: with weights in float32, on any device.
+        folder: gets model.safetensors and config.json.
+
     Raises:
-        UserError: its weights are not float32, which alone is read again.
+        UserError: the weights are not float32.
     """
     folder = Path(folder)
     dtype = model.decoder.gain.dtype
@@ -68,11 +112,17 @@ def save(model: VDVAE, folder: str | Path) -> None:
 
 
 def load(folder: str | Path) -> VDVAE:
-    """Reads a model that `save` wrote, on the CPU, in evaluation mode.
+    """Reads a model that `save` wrote.
+
+    Args:
+        folder: with model.safetensors and config.json.
+
+    Returns:
+        The model, on the CPU, in evaluation mode.
 
     Raises:
-        UserError: a file is missing, unreadable, no regular one or too large, or the weights do not
-            fit the config, are not float32, not finite or beyond LARGEST.
+        UserError: a file is missing, unreadable, not a regular one or too large, or the weights do
+            not fit the config, are not float32, not finite or beyond LARGEST.
     """
     folder, remedy = Path(folder), "copy the model again"
     path = folder / WEIGHTS
@@ -101,10 +151,10 @@ def check_fit(
     """Checks that tensors have the names and shapes of others.
 
     Raises:
-        UserError: beginning with `what`; it tells how many have not, and the first.
+        UserError: beginning with `what`; it gives the number of those that do not, and the first.
     """
-    found, wanted = ({n: t.shape for n, t in named.items()} for named in (tensors, expected))
-    names = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
+    given, wanted = ({n: t.shape for n, t in named.items()} for named in (tensors, expected))
+    names = sorted(name for name in given | wanted if given.get(name) != wanted.get(name))
     if names:
         raise UserError(
             f"{what}: {len(names)} parameters are missing, extra or misshapen, the first "
@@ -120,11 +170,18 @@ def check_values(
     dtype: torch.dtype = torch.float32,
     largest: float = LARGEST,
 ) -> None:
-    """Checks that what weights are taken from is of one type and can be computed with.
+    """Checks the dtype and values of tensors that weights are read from.
+
+    Args:
+        tensors: by name.
+        where: the file, for messages.
+        remedy: for messages.
+        dtype: that all must have.
+        largest: absolute value.
 
     Raises:
-        UserError: naming the first tensor of another type, or with a value that is not finite or
-            larger.
+        UserError: naming the first tensor of another dtype, or with a value that is not finite or
+            beyond `largest`.
     """
     for name, tensor in tensors.items():
         if tensor.dtype != dtype or tensor.layout != torch.strided:
@@ -145,13 +202,17 @@ def _count(tensors: Iterable[Tensor]) -> int:
 
 
 class StateWriter:
-    """Writes training states beside training, which waits for the copy in memory alone.
+    """Writes training states in a thread: training waits only for the copy in memory.
 
-    One state is written at a time: the next waits for it. As a context, it leaves when the last
-    one is on the disk.
+    One state is written at a time; the next waits for it. Used as a context manager, it returns
+    when the last one is on the disk.
 
-    Raises (from every method, and where the block is left without an error): what the state before
-    could not be written for, say an OSError; those before it are kept.
+    Args:
+        folder: of the states.
+        keep: the number of newest states that are kept.
+
+    Raises (from every method, and at the end of the `with` block if that raised nothing): the error
+    that the previous state could not be written for, such as OSError; older states are kept.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -172,10 +233,13 @@ class StateWriter:
             self.wait()
 
     def check_room(self, state_bytes: int) -> None:
-        """Refuses to begin where the disk cannot hold the states that are kept, and one more.
+        """Checks that the disk can hold the states that are kept, and one more.
+
+        Args:
+            state_bytes: the size of one.
 
         Raises:
-            UserError: naming the folder and what it needs.
+            UserError: it cannot; naming the folder and the room it needs.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         held = sum(path.stat().st_size for path in self.folder.glob("step-*.safetensors"))
@@ -189,10 +253,10 @@ class StateWriter:
             )
 
     def write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Takes a copy of the tensors and returns; they may change after that, `state` may not."""
+        """Copies the tensors and returns; they may change after that, `state` may not."""
         self.wait()
         for name, value in tensors.items():
-            if name not in self._copies:  # in the same memory layout: then a copy is a plain one
+            if name not in self._copies:  # in the same memory layout, which copies fastest
                 self._copies[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
             self._copies[name].copy_(value, non_blocking=True)
         if any(value.is_cuda for value in tensors.values()):
@@ -229,25 +293,27 @@ def write_state(folder: Path, step: int, tensors: dict[str, Tensor], state: dict
 def read_newest_state(
     folder: Path, most_bytes: int = MOST_BYTES
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest whole training state of a folder, or None where there is none.
+    """The newest undamaged training state of a folder.
 
-    A state without its index does not exist; one whose bytes changed since is passed over for the
-    one before it.
+    A state without its index does not exist; of a damaged one the predecessor is taken.
 
     Args:
         folder: of the states.
         most_bytes: of the tensors; a larger file is not read.
 
+    Returns:
+        Its tensors and its index, or None if there is no state.
+
     Raises:
-        UserError: a state cannot be read at this moment, or is no regular file or a larger one (to
-            go on without it would remove it); or there are states, but none is whole.
+        UserError: a state cannot be read at this moment, or is not a regular file or too large (to
+            go on without it would remove it); or there are states, but all are damaged.
     """
     index = None
     for index in sorted(folder.glob("step-*.json"), reverse=True):
         path = index.with_suffix(".safetensors")
         try:
             return _read_state(index, path, most_bytes)
-        except (FileNotFoundError, _NotWhole):
+        except (FileNotFoundError, _DamagedError):
             print(f"{path}: passed over, its bytes are not those that were written", flush=True)
     if index is not None:
         raise UserError(
@@ -265,24 +331,21 @@ def _read_state(
     try:
         state = parse_json(text, str(index), remedy, finite=False)
     except UserError as error:
-        raise _NotWhole(str(error)) from None
+        raise _DamagedError(str(error)) from None
     if not (isinstance(state, dict) and _is_index(state) and index.stem == _stem(state["step"])):
-        raise _NotWhole(f"{index}: is no index of a training state")
-    # Read, not mapped: where the disk fails, that is an error, not SIGBUS.
+        raise _DamagedError(f"{index}: is no index of a training state")
+    # Read, not mapped: a failing disk then gives an error, not SIGBUS.
     data = read_regular(path, most_bytes, remedy)
     if hashlib.sha256(data).hexdigest() != state.pop("sha256", None):
-        raise _NotWhole(f"{path}: has another sha256")
+        raise _DamagedError(f"{path}: has another sha256")
     return _tensors(data, path, remedy), state
 
 
 def _is_index(state: dict[str, Any]) -> bool:
-    def numbers(values: Any) -> bool:
-        return isinstance(values, dict) and all(type(v) in (int, float) for v in values.values())
-
-    return (
-        all(key in state and isinstance(state[key], kind) for key, kind in _INDEX.items())
-        and all(type(state[key]) is int and state[key] >= 0 for key in _INDEX if _INDEX[key] is int)
-        and all(map(numbers, (*state["history"], state["findings_seen"], state["window"])))
+    kinds = typing.get_type_hints(Resumable)
+    return isinstance(state.get("config"), dict) and all(
+        _VALID[kind](state[name]) if name in state else name == "pending"
+        for name, kind in kinds.items()
     )
 
 
@@ -291,10 +354,12 @@ def _stem(step: int) -> str:
 
 
 def keep_newest_states(folder: Path, count: int, newest: int) -> None:
-    """Removes all but the newest states, each one's index first, and what a kill left half-way.
+    """Removes all but the newest states, each one's index first, and unfinished files.
 
     Args:
-        newest: the step that was written last; those beyond it were damaged, or training would have
+        folder: of the states.
+        count: the number that is kept.
+        newest: the step that was written last; states beyond it are damaged, or training would have
             gone on from them.
     """
     indices = sorted(folder.glob("step-*.json"), reverse=True)
@@ -313,7 +378,7 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         try:
             safetensors.torch.save_file(tensors, temporary)
         except safetensors.SafetensorError as error:
-            # Its own exception hides the system's: a full disk must look like one.
+            # Its exception hides the system's error, such as a full disk.
             code = re.search(r"os error (\d+)", str(error))
             if code is None:
                 raise

@@ -11,10 +11,14 @@ import dataclasses
 import math
 import re
 import reprlib
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, NamedTuple, Self
+
+from vdvae.levels import stored_value
 
 MOST_BLOCKS = 1000  # on each side; the largest published model has 87
 MOST_WIDTH = 2**14  # channels
@@ -22,11 +26,11 @@ _MANY = 10**9  # steps, images: more than anybody will see
 
 
 class UserError(ValueError):
-    """Something the user can mend: one sentence with what, where, the value and the remedy."""
+    """An error that the user can fix: one sentence with what, where, the value and the remedy."""
 
 
 class _Shown(reprlib.Repr):
-    """repr() of what somebody else wrote: cut in every direction, and it never fails."""
+    """A repr() of any value, of bounded length and depth, that does not fail."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +44,7 @@ class _Shown(reprlib.Repr):
 
 
 def shown(value: object) -> str:
-    """A value from outside, as messages show it: its repr, in some 200 characters at most."""
+    """The repr of a user's value for messages, in some 200 characters at most."""
     text = _Shown().repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -90,18 +94,18 @@ def parse_encoder(text: str) -> tuple[EncoderBlock, ...]:
     Raises:
         UserError: for an entry that cannot be read, or a resolution that cannot be reached.
     """
-    said = shown(text)
+    quoted = shown(text)
     blocks: list[EncoderBlock] = []
     for resolution, letter, number in _entries(text, "model.encoder", "xd"):
         reached = blocks[-1].output_resolution if blocks else resolution
         if resolution != reached:
             raise UserError(
-                f"model.encoder: resolution {resolution} of {said} cannot be reached: the blocks "
+                f"model.encoder: resolution {resolution} of {quoted} cannot be reached: the blocks "
                 f"before it end at {reached}; pool down to it, or change the resolution"
             )
         if letter == "d" and (number < 2 or resolution % number):
             raise UserError(
-                f"model.encoder: {resolution}d{number} of {said} cannot pool {resolution} by "
+                f"model.encoder: {resolution}d{number} of {quoted} cannot pool {resolution} by "
                 f"{number}; use a divisor of {resolution} from 2 on"
             )
         blocks += (
@@ -118,21 +122,21 @@ def parse_decoder(text: str) -> tuple[DecoderBlock, ...]:
     Raises:
         UserError: for an entry that cannot be read, or a resolution that cannot be reached.
     """
-    said = shown(text)
+    quoted = shown(text)
     blocks: list[DecoderBlock] = []
     for resolution, letter, number in _entries(text, "model.decoder", "xm"):
         entered = {block.resolution for block in blocks}
         if letter == "m":
             if number not in entered or number >= resolution or resolution % number:
                 raise UserError(
-                    f"model.decoder: {resolution}m{number} of {said}: {number} cannot enter "
+                    f"model.decoder: {resolution}m{number} of {quoted}: {number} cannot enter "
                     f"{resolution}; it must be a divisor of {resolution} that has blocks before it"
                 )
             blocks.append(DecoderBlock(resolution, number))
         else:
             if entered and resolution not in entered:
                 raise UserError(
-                    f"model.decoder: resolution {resolution} of {said} cannot be reached; enter "
+                    f"model.decoder: resolution {resolution} of {quoted} cannot be reached; enter "
                     f"it from a lower one first, by {resolution}m{blocks[-1].resolution}"
                 )
             blocks += [DecoderBlock(resolution, None)] * number
@@ -216,6 +220,7 @@ class Config:
             raise UserError(
                 f"{prefix}{section}: {shown(values)} is not a section of keys and values"
             )
+        values = cls._renamed(values, f"{prefix}{section}")
         for key in values:
             if key not in known:
                 key = key if isinstance(key, str) and len(key) <= 60 else shown(key)
@@ -231,14 +236,60 @@ class Config:
         except UserError as error:
             raise UserError(f"{prefix}{error}") from None
 
+    @classmethod
+    def _renamed(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
+        """The values with today's names in the place of former ones."""
+        for item in dataclasses.fields(cls):
+            former = item.metadata.get("former_name")
+            if former is None or former not in values:
+                continue
+            if values.get(item.name, values[former]) != values[former]:
+                raise UserError(
+                    f"{where}.{former}: is now called {item.name}, which is given, too, with "
+                    f"another value; leave {former} out"
+                )
+            _notice(f"{where}.{former}: is now called {item.name}; rename it")
+            values = {item.name if key == former else key: v for key, v in values.items()}
+        return values
+
     def to_dict(self) -> dict[str, Any]:
         """The values as plain JSON types; `from_dict` gives the same config again."""
         return dataclasses.asdict(self)
 
+    def fixed(self) -> dict[str, Any]:
+        """The values that may not change while a run is interrupted.
+
+        Digests of runs are made of them, so they keep the names that they had first.
+        """
+        return {
+            item.metadata.get("former_name", item.name): getattr(self, item.name)
+            for item in dataclasses.fields(self)
+            if not item.metadata.get("may_change")
+        }
+
+
+@cache  # once per process
+def _notice(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def setting(**options: Any) -> Any:
+    """A dataclass field of a Config, with what is known about it beside its type.
+
+    Args:
+        bounds: smallest and largest value, both included.
+        may_change: whether an interrupted run may go on with another value.
+        former_name: under which it is still read, with a notice.
+        options: what else `dataclasses.field` takes, such as `default`.
+    """
+    names = ("bounds", "may_change", "former_name")
+    metadata = {name: options.pop(name) for name in names if name in options}
+    return field(metadata=metadata, **options)
+
 
 def number(low: float, high: float, **options: Any) -> Any:
-    """A dataclass field with bounds (both included)."""
-    return field(metadata={"bounds": (low, high)}, **options)
+    """A `setting` with bounds, both included."""
+    return setting(bounds=(low, high), **options)
 
 
 def _fits(value: object, kind: Any) -> bool:
@@ -280,7 +331,7 @@ def _nearest(key: str, known: typing.Iterable[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Config):
-    """Everything that determines a model's function; the defaults are the paper's choices."""
+    """Everything that determines a model's function (Child 2021, sec. 4); defaults as published."""
 
     image_size: int = number(1, 4096)  # pixels a side
     image_channels: int = 3  # 1 (grey) or 3 (red, green, blue)
@@ -293,24 +344,22 @@ class ModelConfig(Config):
     bottleneck: float = number(1e-3, 4, default=0.25)  # inner width of a block / its width
     mixtures: int = number(1, 1000, default=10)  # K logistics of the likelihood
     no_bias_above: int = number(0, 4096, default=64)  # highest resolution with a learned bias map
-    shift: float = number(
-        -1e6, 1e6, default=-127.5
-    )  # encoder input = (pixel + shift) * scale, pixel in 0..255
+    # Encoder input = (pixel + shift) * scale, with pixels in 0..255.
+    shift: float = number(-1e6, 1e6, default=-127.5)
     scale: float = number(-1e6, 1e6, default=1 / 127.5)
     likelihood: Likelihood = "normalised"  # the published arithmetics do not sum to 1
     # The paper's ablations (sec. 5.1, A.1); the published models leave them as they are here.
     residual_scaling: bool = True  # last convolutions scaled by 1/sqrt(N) at the start (Table 3)
     topdown_residual: bool = True  # off: Fig. 5 "FFN"
     unpool: Literal["nearest", "transposed"] = "nearest"  # Fig. 5
-    group_size: int = number(
-        1, MOST_BLOCKS, default=1
-    )  # K consecutive blocks that read one input (Table 1)
+    # K consecutive blocks that read one input (Table 1).
+    group_size: int = number(1, MOST_BLOCKS, default=1)
 
     def check(self) -> None:
         encoder, decoder = parse_encoder(self.encoder), parse_decoder(self.decoder)
         if self.image_channels not in (1, 3):
             raise UserError(f"model.image_channels: {self.image_channels} is not 1 or 3")
-        stored = [_stored(level, self.num_levels) for level in range(self.num_levels)]
+        stored = [stored_value(level, self.num_levels) for level in range(self.num_levels)]
         if [value * self.num_levels // 256 for value in stored] != [*range(self.num_levels)]:
             raise UserError(
                 f"model.num_levels: {self.num_levels} levels do not survive storage in 8 bits; "
@@ -387,53 +436,54 @@ class ModelConfig(Config):
 
     @property
     def num_latents(self) -> int:
-        """Latent variables an image, over all stochastic layers."""
+        """N, the number of latent variables per image, over all stochastic layers."""
         return sum(math.prod(shape) for shape in self.latent_shapes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    """How a model is trained (Child 2021, sec. 4.2 and Table 4)."""
+    """How a model is trained (Child 2021, sec. 4.2 and Table 4).
 
-    steps: int = number(1, _MANY)  # updates, skipped ones included
-    batch_size: int = number(1, 10**6)  # images an update, over all devices
+    What determines the weights may not change between a stop and going on; `may_change` marks the
+    rest, some of which moves the rounding.
+    """
+
+    steps: int = number(1, _MANY, may_change=True)  # updates, skipped ones included
+    batch_size: int = number(1, 10**6)  # images per update, over all devices
     learning_rate: float = number(1e-12, 10)
-    warmup_steps: int = number(
-        0, _MANY, default=100
-    )  # update i runs at i / warmup_steps of the rate
+    # Update i runs at i / warmup_steps of the learning rate.
+    warmup_steps: int = number(0, _MANY, default=100)
     weight_decay: float = number(0, 1, default=0.01)  # decoupled, on all parameters
     beta1: float = number(0, 0.999999, default=0.9)  # Adam's moments
     beta2: float = number(0, 0.999999, default=0.9)
     ema_decay: float = number(0, 1, default=0.999)  # of the averaged weights, which are the model
     gradient_clip: float = number(1e-12, 1e30, default=200.0)  # largest gradient norm, nats/dim
-    skip_threshold: float = number(
-        1e-12, 1e30, default=400.0
-    )  # norm above which an update is skipped
-    max_skipped_in_a_row: int = number(1, _MANY, default=100)  # then training stops and says so
+    # Gradient norm above which an update is skipped, nats/dim.
+    skip_threshold: float = number(1e-12, 1e30, default=400.0)
+    # Updates skipped in a row, after which training ends with an error.
+    max_skipped_in_a_row: int = number(1, _MANY, default=100, may_change=True)
     seed: int = number(0, 2**31 - 1, default=0)  # initialisation, data order and noise
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of convolutions and matrix products
-    compile: bool = False  # blocks and likelihood through torch.compile
-    channels_last: bool = True  # memory layout of features and weights
-    accumulation: int = number(1, 10**6, default=1)  # parts that a device computes its batch in
-    recompute_from: int = number(
-        0, 4096, default=0
-    )  # blocks at this resolution and above compute their
-    # activations once more in the backward pass instead of keeping them; 0: none do
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = setting(default=False, may_change=True)  # blocks and likelihood, torch.compile
+    channels_last: bool = setting(default=True, may_change=True)  # memory layout
+    # Parts that each device computes its share of a batch in.
+    accumulation: int = number(1, 10**6, default=1, may_change=True)
+    # Activation checkpointing: blocks at this resolution and above compute their activations again
+    # in the backward pass instead of keeping them; 0: none does.
+    checkpoint_activations_from: int = number(
+        0, 4096, default=0, may_change=True, former_name="recompute_from"
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting(default="auto", may_change=True)
     log_every: int = number(1, _MANY, default=100)  # steps between points of the curves
-    validate_every: int = number(
-        0, _MANY, default=0
-    )  # steps between validations; 0: never, and the
-    # last averaged weights are the model; otherwise those with the best validation bits/dim
-    patience: int = number(
-        0, _MANY, default=0
-    )  # validations without a better one, after which training
-    # ends; 0: it goes on to the last step
-    checkpoint_every: int = number(1, _MANY, default=1000)  # steps
-    checkpoint_minutes: float = number(
-        0, 1e6, default=0.0
-    )  # at most between checkpoints; 0: no limit
-    keep_checkpoints: int = number(1, 1000, default=2)  # the newest
+    # Steps between validations; 0: never, and the last averaged weights are the model; otherwise
+    # those with the best validation bits/dim.
+    validate_every: int = number(0, _MANY, default=0)
+    # Validations without a better one, after which training ends; 0: it goes on to the last step.
+    patience: int = number(0, _MANY, default=0)
+    checkpoint_every: int = number(1, _MANY, default=1000, may_change=True)  # steps
+    # Most minutes between checkpoints; 0: no limit.
+    checkpoint_minutes: float = number(0, 1e6, default=0.0, may_change=True)
+    keep_checkpoints: int = number(1, 1000, default=2, may_change=True)  # the newest
 
     def check(self) -> None:
         if self.skip_threshold < self.gradient_clip:
@@ -456,23 +506,3 @@ class TrainConfig(Config):
                 f"train.patience: {self.patience} validations, but train.validate_every is 0, "
                 f"never; set it"
             )
-
-
-def _stored(level: Any, num_levels: int) -> Any:
-    # round(255 k / (L - 1)), halves up, in whole numbers so that it is exact.
-    return (510 * level + (num_levels - 1)) // (2 * (num_levels - 1))
-
-
-def levels_to_uint8(level: Any, num_levels: int) -> Any:
-    """Stored value of each level: round(255 k / (L - 1)) as uint8 (NumPy array or torch tensor)."""
-    value = _stored(level, num_levels)
-    return value.astype("uint8") if hasattr(value, "astype") else value.byte()
-
-
-def uint8_to_levels(value: Any, num_levels: int) -> Any:
-    """Level of each uint8 value v: floor(v L / 256) as int32 (NumPy array or torch tensor).
-
-    The inverse of `levels_to_uint8` for every number of levels that a ModelConfig accepts.
-    """
-    wide = value.astype("int32") if hasattr(value, "astype") else value.int()
-    return wide * num_levels // 256

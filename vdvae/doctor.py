@@ -1,7 +1,6 @@
-"""The training doctor: what is wrong with a run, what it comes from, what helps.
+"""The training doctor: diagnoses a run from the points of its curves, and names remedies.
 
-It reads the points of the curves alone. What is a threshold here is a judgement: docs/gpus.md
-says what each is to catch.
+The thresholds are judgements; docs/gpus.md says what each is to detect.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _WINDOW = 10  # points whose mean is compared with the mean of as many before
 _FLAT = 1e-3  # relative fall of the loss between two windows, below which it stands
 _KNOWS_NOTHING = 0.8  # of log2(levels): a model of independent pixels is about there
 _SKIPPED = 0.1  # share of an interval's updates
-_ALIVE_NATS = 0.1  # an image: a resolution that once carried this was in use
+_ALIVE_NATS = 0.1  # per image: a resolution that once carried this was in use
 _DIED = 0.01  # of what a resolution carried most of the time
 _DEAD_POINTS = 5  # in a row
 _QUIET_POINTS = 20
@@ -27,31 +26,42 @@ _QUIET_POINTS = 20
 
 @dataclass(frozen=True)
 class Finding:
-    """One diagnosis with its remedy; `stops` where nothing more would be learnt."""
+    """One diagnosis with its remedy."""
 
     kind: str  # not_finite, skips, streak, plateau, collapse or dead_resolution.<resolution>
     text: str
-    stops: bool = False
+    stops: bool = False  # whether training ends, since nothing more would be learnt
 
 
 def examine(
     model: ModelConfig, config: TrainConfig, history: Sequence[Point], seen: dict[str, int]
 ) -> list[Finding]:
-    """What the newest point of the curves shows.
-
-    What goes on is told once: again only after it was gone for `_QUIET_POINTS` points.
+    """Diagnoses the newest point of the curves.
 
     Args:
-        seen: the number of points there were when a kind of finding was last met; kept up to date.
+        model: the model's config.
+        config: how it is trained.
+        history: all points so far.
+        seen: for each kind of finding, the number of points when it was last made; updated.
+
+    Returns:
+        New findings: one that persists is reported again only after `_QUIET_POINTS` points
+        without it.
     """
-    found, now = _examine(model, config, history), len(history)
-    new = [f for f in found if now - seen.get(f.kind, -_QUIET_POINTS) >= _QUIET_POINTS]
-    seen.update((finding.kind, now) for finding in found)
+    findings, now = _examine(model, config, history), len(history)
+    new = [f for f in findings if now - seen.get(f.kind, -_QUIET_POINTS) >= _QUIET_POINTS]
+    seen.update((finding.kind, now) for finding in findings)
     return new
 
 
 def streak(config: TrainConfig, skipped_in_a_row: int, norm: float) -> list[Finding]:
-    """Stops a run whose updates have all been skipped for `max_skipped_in_a_row` steps."""
+    """A finding that stops the run, after `max_skipped_in_a_row` skipped updates.
+
+    Args:
+        config: how the model is trained.
+        skipped_in_a_row: updates, up to the newest.
+        norm: gradient norm of the newest, nats/dim.
+    """
     if skipped_in_a_row < config.max_skipped_in_a_row:
         return []
     so = f"the last {skipped_in_a_row} updates were all skipped"
@@ -72,8 +82,8 @@ def _examine(model: ModelConfig, config: TrainConfig, history: Sequence[Point]) 
     if not history:
         return []
     checks = (_not_finite, _skips, _plateau, _collapse)
-    found = [finding for check in checks if (finding := check(model, config, history))]
-    return [*found, *_dead_resolutions(model, config, history)]
+    findings = [finding for check in checks if (finding := check(model, config, history))]
+    return [*findings, *_dead_resolutions(model, config, history)]
 
 
 def _not_finite(_: ModelConfig, config: TrainConfig, history: Sequence[Point]) -> Finding | None:

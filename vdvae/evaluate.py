@@ -1,11 +1,10 @@
 """Likelihoods that can be repeated: every image once, draws from (seed, image), float64 sums.
 
-Shapes: B batch, C image channels, H W, N latent variables an image.
+Shapes: B batch, C image channels, H W, L stochastic layers, P passes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from vdvae.config import UserError
-from vdvae.model import VDVAE, bits_per_dim
+from vdvae.model import VDVAE, Elbo, bits_per_dim
+from vdvae.randomness import evaluation_noise
 
 _PER_IMAGE = ("rate_nats_B", "distortion_nats_B", "kl_nats_BL", "variance_nats2_B", "iwae_nats_B")
 
@@ -36,11 +36,11 @@ class Scores:
     passes: int = 1
     variance_nats2_B: np.ndarray | None = None  # of the negative ELBO over draws; from 2 passes on
     iwae_nats_B: np.ndarray | None = None  # minus the importance-weighted bound
-    iwae: int = 0  # its number of draws; 0: it was not asked for
+    iwae: int = 0  # its number of draws; 0: not computed
 
     @property
     def bits_per_dim_B(self) -> np.ndarray:
-        """Negative ELBO in bits/dim, image by image."""
+        """Negative ELBO in bits/dim, per image."""
         return self._bits(self.rate_nats_B + self.distortion_nats_B)
 
     def _bits(self, nats: np.ndarray) -> np.ndarray:
@@ -55,7 +55,7 @@ class Scores:
         over draws of the posterior for these very images, which more passes make smaller.
         """
         bits = self.bits_per_dim_B
-        found: dict[str, float | int] = {
+        figures: dict[str, float | int] = {
             "bits_per_dim": float(bits.mean()),
             "bits_per_dim_se": standard_error(bits),
             "rate_bits_per_dim": float(bits_per_dim(self.rate_nats_B.mean(), self.dims)),
@@ -67,15 +67,15 @@ class Scores:
         }
         if self.variance_nats2_B is not None:
             nats = math.sqrt(self.variance_nats2_B.sum() / self.passes) / len(bits)
-            found["bits_per_dim_se_draws"] = float(bits_per_dim(nats, self.dims))
+            figures["bits_per_dim_se_draws"] = float(bits_per_dim(nats, self.dims))
         if self.iwae_nats_B is not None:
             iwae = self._bits(self.iwae_nats_B)
-            found |= {
+            figures |= {
                 "iwae_bits_per_dim": float(iwae.mean()),
                 "iwae_bits_per_dim_se": standard_error(iwae),
                 "iwae_nats_per_dim": float(iwae.mean() * math.log(2)),
             }
-        return found
+        return figures
 
     def rate_bits_per_dim_L(self) -> np.ndarray:
         """The mean rate of each stochastic layer in bits/dim, top first; their sum is the rate."""
@@ -83,32 +83,8 @@ class Scores:
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean over images, as an estimate for the population they come from."""
+    """The standard error of a mean over images, for the population that they are drawn from."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def seed_of(*parts: str | int) -> int:
-    """A 63-bit seed that depends on all parts, for a generator of its own."""
-    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def content_key(x_CHW: Tensor) -> str:
-    """The sha256 of a uint8 image's shape and pixels, in hex: equal images draw equal noise."""
-    header = f"{tuple(x_CHW.shape)}".encode()
-    return hashlib.sha256(header + x_CHW.cpu().contiguous().numpy().tobytes()).hexdigest()
-
-
-def image_noise(model: VDVAE, x_BCHW: Tensor, seed: int, draw: int = 0) -> Tensor:
-    """Posterior noise [B,N] of (seed, image, number of the draw) alone, not of the batch."""
-    again = (draw,) if draw else ()
-    rows = []
-    for x_CHW in x_BCHW:
-        key = seed_of("evaluate", seed, content_key(x_CHW), *again)
-        generator = torch.Generator().manual_seed(key)
-        rows.append(torch.randn(model.config.num_latents, generator=generator))
-    parameter = model.decoder.gain
-    return torch.stack(rows).to(parameter.device, parameter.dtype)
 
 
 @torch.no_grad()
@@ -121,7 +97,7 @@ def score(
     passes: int = 1,
     iwae: int = 0,
 ) -> Scores:
-    """The bounds of one batch of uint8 images.
+    """The bounds of one batch of images.
 
     Args:
         model: on its device.
@@ -132,17 +108,27 @@ def score(
         iwae: draws of the importance-weighted bound -log 1/K sum p(x,z_k)/q(z_k given x)
             (Burda et al. 2016); 0 leaves it out, 1 is the ELBO with a sampled KL.
 
+    Returns:
+        Nats per image.
+
     Raises:
         UserError: for fewer than 1 pass or 0 importance samples.
     """
     if passes < 1 or iwae < 0:
         raise UserError(f"passes {passes} and iwae {iwae}: must be at least 1 and 0")
-    x = x_BCHW.to(model.decoder.gain.device)
+    parameter = model.decoder.gain
+    x = x_BCHW.to(parameter.device)
+
+    def elbo_of(draw: int, sampled_kl: bool = False) -> Elbo:
+        noise_BN = evaluation_noise(x_BCHW, model.config.num_latents, seed, draw)
+        elbo: Elbo = model(x, noise_BN.to(parameter), sampled_kl=sampled_kl)
+        return elbo
+
     kl_nats_BL: np.ndarray | float = 0.0
     distortion_nats_B: np.ndarray | float = 0.0
     neg_elbo_nats_PB = []
     for draw in range(passes):
-        elbo = model(x, image_noise(model, x_BCHW, seed, draw))
+        elbo = elbo_of(draw)
         kl, distortion = elbo.kl_nats_LB.T.double().cpu(), elbo.distortion_nats_B.double().cpu()
         neg_elbo_nats_PB.append((kl.sum(dim=1) + distortion).numpy())
         kl_nats_BL = kl_nats_BL + kl.numpy() / passes
@@ -152,7 +138,7 @@ def score(
 
     log_weights_nats_B: Tensor | None = None
     for draw in range(iwae):
-        elbo = model(x, image_noise(model, x_BCHW, seed, draw), at_the_draw=True)
+        elbo = elbo_of(draw, sampled_kl=True)
         kl_nats_B = elbo.kl_nats_LB.double().sum(dim=0)
         log_weight_nats_B = -(kl_nats_B + elbo.distortion_nats_B.double()).cpu()
         log_weights_nats_B = (
@@ -175,8 +161,8 @@ def score(
     )
 
 
-def joined(parts: Sequence[Scores]) -> Scores:
-    """The scores of several batches, or of several ranks, as one."""
+def concatenated(parts: Sequence[Scores]) -> Scores:
+    """The scores of several batches as one."""
 
     def whole(name: str) -> np.ndarray | None:
         arrays = [getattr(part, name) for part in parts]
@@ -189,11 +175,11 @@ def joined(parts: Sequence[Scores]) -> Scores:
 def interleaved(parts: Sequence[Scores]) -> Scores:
     """The scores of ranks as one, where rank r of R scored the images r, r + R, r + 2R, ...
 
-    Ranks without an image are left out: they are the last ones, and the others have one each.
+    `parts` has no entry for ranks without an image, which come last.
     """
     place = np.concatenate([np.arange(len(p.keys)) * len(parts) + r for r, p in enumerate(parts)])
     order = np.argsort(place)
-    whole = joined(parts)
+    whole = concatenated(parts)
     arrays: dict[str, Any] = {
         name: value[order] for name in _PER_IMAGE if (value := getattr(whole, name)) is not None
     }
@@ -209,7 +195,7 @@ def evaluate(
     passes: int = 1,
     iwae: int = 0,
 ) -> Scores:
-    """The bounds of every image of a split, exactly once.
+    """The bounds of every image of a split, exactly once (Child 2021, sec. 5: test likelihoods).
 
     Args:
         model: in float32 on its device; TF32 is off unless the caller turned it on.
@@ -219,17 +205,20 @@ def evaluate(
         passes: see `score`.
         iwae: see `score`.
 
+    Returns:
+        The scores of all images, in the order of the batches.
+
     Raises:
         UserError: where figures are not finite, keys repeat, or the count is another.
     """
     parts = [score(model, x, seed, keys, passes=passes, iwae=iwae) for keys, x in batches]
     if not parts:
         raise UserError("evaluate: the split holds no images; check its fraction or count")
-    return checked(joined(parts), images)
+    return checked(concatenated(parts), images)
 
 
 def checked(scores: Scores, images: int) -> Scores:
-    """The scores, where they are of so many different images and all finite.
+    """The scores, after a check that they are of so many different images and all finite.
 
     Raises:
         UserError: as `evaluate`.

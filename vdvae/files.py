@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and files from outside that are read with care."""
+"""Files that are written atomically, and user's files that are read with bounds and checks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def shown_path(path: Path) -> str:
 
 
 def target_of(path: Path) -> Path:
-    """The file that writing to `path` replaces: where it is a link, what the link names.
+    """The file that writing to `path` replaces: if that is a symbolic link, its target.
 
     Raises:
         UserError: a folder, device, FIFO or socket is there, or links lead in a circle.
@@ -53,13 +53,12 @@ def target_of(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; when the block ends well it is synced and takes its name.
+    """A temporary path beside `path`; if the block raises nothing it is synced and renamed to it.
 
-    Its permissions are those that the umask leaves. Where `path` is a link, what it names is
-    replaced.
+    Permissions follow the umask. If `path` is a symbolic link, its target is replaced.
 
     Raises:
-        UserError: something that is no regular file is there; nothing has been made then.
+        UserError: `path` exists and is not a regular file; nothing has been created then.
     """
     path = target_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,11 +87,11 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 def open_lock(path: Path) -> IO[str]:
-    """Opens a file to lock, which is made where it lacks; its folder must be there.
+    """Opens a file to lock, creating it if needed; its folder must exist.
 
     Raises:
-        UserError: a link, folder, device, FIFO or socket is there.
-        OSError: it cannot be made.
+        UserError: it is a link, folder, device, FIFO or socket.
+        OSError: it cannot be created.
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     remedy = "a lock is a file of its own: remove what is there, or choose another place"
@@ -103,10 +102,10 @@ def open_lock(path: Path) -> IO[str]:
 
 
 def open_regular(path: Path, remedy: str = "name a file") -> io.BufferedReader:
-    """Opens a regular file to read, and never waits for a FIFO or a device.
+    """Opens a regular file to read, and never blocks on a FIFO or a device.
 
     Raises:
-        FileNotFoundError: it does not exist; what that means is the caller's to say.
+        FileNotFoundError: it does not exist.
         UserError: it is a folder, FIFO, device or socket, or cannot be opened.
     """
     try:
@@ -129,7 +128,7 @@ def read_regular(path: Path, most_bytes: int, remedy: str = "name a file") -> by
     with open_regular(path, remedy) as file:
         try:
             size = os.fstat(file.fileno()).st_size
-            # No larger buffer than the file needs; some files of the system's say that they have 0.
+            # No larger buffer than the file needs; files of /proc have size 0.
             data = file.read(min(max(size, 2**16), most_bytes) + 1) if size <= most_bytes else None
         except OSError as error:
             raise _unusable(path, error, remedy) from error
@@ -139,16 +138,17 @@ def read_regular(path: Path, most_bytes: int, remedy: str = "name a file") -> by
 
 
 def parse_json(text: bytes | str, where: str, remedy: str, *, finite: bool = True) -> Any:
-    """The value of a JSON text from outside, whatever the text is.
+    """Parses JSON from outside.
 
     Args:
+        text: whatever it is.
         where: the file, for messages.
-        remedy: what to do where it is none.
+        remedy: what to do if it is not valid, for messages.
         finite: refuse NaN and infinity.
 
     Raises:
-        UserError: it is not JSON, is nested too deeply, holds a number that Python does not read,
-            or gives a key twice, of which readers would take different ones.
+        UserError: it is not JSON, is nested too deeply, has a number that Python does not read, or
+            a key twice, of which readers would take different ones.
     """
     constant = _no_number if finite else float
     try:
@@ -162,11 +162,11 @@ def parse_json(text: bytes | str, where: str, remedy: str, *, finite: bool = Tru
 def read_json(
     path: Path, remedy: str, *, finite: bool = True, most_bytes: int = MOST_JSON_BYTES
 ) -> Any:
-    """The value of a JSON file, as `parse_json` reads it.
+    """Reads a JSON file with `parse_json`.
 
     Raises:
         FileNotFoundError: it does not exist.
-        UserError: it is no regular file, is larger, or is not as it should be.
+        UserError: it is not a regular file, is larger, or is not valid.
     """
     data = read_regular(path, most_bytes, remedy)
     return parse_json(data, shown_path(path), remedy, finite=finite)
@@ -216,11 +216,11 @@ def _unusable(path: Path, error: OSError | ValueError, remedy: str) -> UserError
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {shown(twice)} is given twice")
-    return found
+    return values
 
 
 def _no_number(text: str) -> float:

@@ -1,21 +1,18 @@
 """The very deep VAE (Child 2021, sec. 4 and Fig. 3; details that the paper leaves to its code).
 
 Shapes: B batch, C image channels, H W, D width, Z latent channels, L stochastic layers,
-N latent variables an image, P likelihood parameters a pixel.
+N latent variables per image, P likelihood parameters per pixel.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vdvae.config import (
     DecoderBlock,
@@ -24,19 +21,26 @@ from vdvae.config import (
     UserError,
     parse_decoder,
     parse_encoder,
-    uint8_to_levels,
 )
 from vdvae.distributions import (
-    Generators,
-    dmol_log_prob,
-    dmol_parameters,
-    dmol_sample,
-    drawn,
+    DiscretizedLogisticMixture,
+    at_least_float32,
     gaussian_kl,
-    gaussian_log_ratio,
+    gaussian_sampled_kl,
 )
-
-BlockT = TypeVar("BlockT", bound=nn.Module)
+from vdvae.layers import (
+    Blocks,
+    Pointwise,
+    RunBlock,
+    activation_checkpointing,
+    pad_channels,
+    run_block,
+    split_channels,
+    to_autocast_dtype,
+    without_autocast,
+)
+from vdvae.levels import uint8_to_levels
+from vdvae.randomness import Generators, normal
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Elbo:
     """The terms of the evidence lower bound (eq. 1), image by image, in nats."""
 
     distortion_nats_B: Tensor  # -log p(x given z)
-    kl_nats_LB: Tensor  # KL of each stochastic layer, or log q - log p at the draw; top first
+    kl_nats_LB: Tensor  # KL of each stochastic layer, or its sampled value; top first
 
     @property
     def rate_nats_B(self) -> Tensor:
@@ -58,59 +62,13 @@ class Elbo:
 
 
 def bits_per_dim(nats: Tensor | float, dims: int) -> Tensor | float:
-    """Bits/dim of nats an image: nats / (C·H·W · ln 2). The one place where they are divided."""
-    return nats / (dims * math.log(2))
+    """Bits per dimension: nats / (C·H·W · ln 2). The one place where they are divided.
 
-
-Run = Callable[..., Any]  # how a block is called: with itself first, then what it reads
-
-
-def _plainly(block: nn.Module, *inputs: Any) -> Any:
-    return block(*inputs)
-
-
-class Blocks(nn.ModuleList, Generic[BlockT]):
-    """A ModuleList that knows the type of its blocks."""
-
-    if TYPE_CHECKING:
-
-        def __iter__(self) -> Iterator[BlockT]: ...
-
-
-class Pointwise(nn.Conv2d):
-    """A 1x1 convolution; over channels-last features it is one matrix product.
-
-    That is up to 40% faster where the features are small, and no slower elsewhere (benchmarks/).
+    Args:
+        nats: per image.
+        dims: C·H·W.
     """
-
-    def __init__(self, width_in: int, width_out: int) -> None:
-        super().__init__(width_in, width_out, 1)
-
-    def forward(self, x_BDHW: Tensor) -> Tensor:
-        return _pointwise(x_BDHW, self.weight, self.bias)
-
-    def of_parts(self, x_BDHW: Tensor, y_BDHW: Tensor) -> Tensor:
-        """The convolution of cat[x, y], which is not made."""
-        width = x_BDHW.shape[1]
-        x = _pointwise(x_BDHW, self.weight[:, :width], None)
-        return x + _pointwise(y_BDHW, self.weight[:, width:], self.bias)
-
-
-def _pointwise(x_BDHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not x_BDHW.is_contiguous(memory_format=torch.channels_last):
-        return F.conv2d(x_BDHW, weight, bias)
-    x_BHWD = x_BDHW.permute(0, 2, 3, 1)
-    return F.linear(x_BHWD, weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
-
-
-def _split_channels(x_BDHW: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """The first channels and the rest; the gradients of both are joined in the layout of x."""
-    sizes = [first, x_BDHW.shape[1] - first]
-    if not x_BDHW.is_contiguous(memory_format=torch.channels_last):
-        one, other = torch.split(x_BDHW, sizes, dim=1)
-        return one, other
-    one, other = torch.split(x_BDHW.permute(0, 2, 3, 1), sizes, dim=3)
-    return one.permute(0, 3, 1, 2), other.permute(0, 3, 1, 2)
+    return nats / (dims * math.log(2))
 
 
 class Bottleneck(nn.Module):
@@ -132,11 +90,11 @@ class Bottleneck(nn.Module):
         self.conv4 = Pointwise(width_inner, width_out)
 
     def forward(self, x_BDHW: Tensor) -> Tensor:
-        h = self.after_first(self.conv1(F.gelu(x_BDHW)))
+        h = self.after_conv1(self.conv1(F.gelu(x_BDHW)))
         return x_BDHW + h if self.residual else h
 
-    def after_first(self, h_BDHW: Tensor) -> Tensor:
-        """All that follows the first convolution, without the residual addition."""
+    def after_conv1(self, h_BDHW: Tensor) -> Tensor:
+        """All layers after the first convolution, without the residual addition."""
         h: Tensor = self.conv2(F.gelu(h_BDHW))
         h = self.conv3(F.gelu(h))
         h = self.conv4(F.gelu(h))
@@ -157,23 +115,25 @@ class Encoder(nn.Module):
             inner = int(width * config.bottleneck)
             self.blocks.append(Bottleneck(width, inner, width, entry.resolution, residual=True))
 
-    def forward(self, x_BCHW: Tensor, run: Run | None = None) -> dict[int, Tensor]:
-        """GELU of the activations [B,D,R,R] by resolution R: of the last one written there."""
-        run = run or _plainly
+    def forward(self, x_BCHW: Tensor, run: RunBlock = run_block) -> dict[int, Tensor]:
+        """Computes the bottom-up activations.
+
+        Args:
+            x_BCHW: the normalised image, float.
+            run: how blocks are called.
+
+        Returns:
+            By resolution R, the GELU of the last activation [B,D,R,R] there.
+        """
         x = self.input(x_BCHW)
         activations = {self.config.image_size: x}
         for entry, block in zip(self.layout, self.blocks, strict=True):
             x = run(block, x)
             if entry.pool > 1:
                 x = F.avg_pool2d(x, entry.pool)
-            x = _pad_channels(x, self.config.width_at(entry.output_resolution))
+            x = pad_channels(x, self.config.width_at(entry.output_resolution))
             activations[entry.output_resolution] = x
         return {resolution: F.gelu(x) for resolution, x in activations.items()}
-
-
-def _pad_channels(x_BDHW: Tensor, width: int) -> Tensor:
-    missing = width - x_BDHW.shape[1]
-    return F.pad(x_BDHW, (0, 0, 0, 0, 0, missing)) if missing else x_BDHW
 
 
 class TopDownBlock(nn.Module):
@@ -196,12 +156,12 @@ class TopDownBlock(nn.Module):
     def _prior(self, x_BDHW: Tensor, active_BDHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and log sigma of p(z given what is above), and x with the prior's residual."""
         z = self.latent_channels
-        found = self.prior.after_first(self.prior.conv1(active_BDHW))
-        parameters, residual = _split_channels(found, 2 * z)
+        output = self.prior.after_conv1(self.prior.conv1(active_BDHW))
+        parameters, residual = split_channels(output, 2 * z)
         mean_p, log_sigma_p = at_least_float32(parameters).chunk(2, dim=1)
         return mean_p, log_sigma_p, x_BDHW + residual
 
-    def _leave(self, x_BDHW: Tensor, z_BZHW: Tensor) -> Tensor:
+    def _output(self, x_BDHW: Tensor, z_BZHW: Tensor) -> Tensor:
         x: Tensor = self.residual(x_BDHW + self.project(z_BZHW))
         return x
 
@@ -210,42 +170,46 @@ class TopDownBlock(nn.Module):
         x_BDHW: Tensor,
         activation_BDHW: Tensor,
         noise_BZHW: Tensor,
-        at_the_draw: bool = False,
+        sampled_kl: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draws z from the posterior: features that leave, z, and the KL [B] in nats.
+        """Draws z from the posterior.
 
         Args:
-            x_BDHW: features that enter.
+            x_BDHW: the block's input features.
             activation_BDHW: GELU of the encoder's activation, the same for all blocks of a
                 resolution.
             noise_BZHW: standard normal.
-            at_the_draw: log q(z) - log p(z) of this z in the place of the KL, its mean.
+            sampled_kl: log q(z) - log p(z) of this z in the place of its mean, the KL.
+
+        Returns:
+            The output features [B,D,H,W], z [B,Z,H,W], and the KL in nats per image [B].
         """
-        # The posterior's GELU and first convolution of cat[x, activation], without the cat: GELU of
-        # x is the prior's, too.
-        active = F.gelu(x_BDHW)
-        h = self.posterior.conv1.of_parts(active, activation_BDHW)
-        posterior = self.posterior.after_first(h)
+        active = F.gelu(x_BDHW)  # for the posterior and the prior
+        h = self.posterior.conv1.forward_concatenated(active, activation_BDHW)
+        posterior = self.posterior.after_conv1(h)
         mean_q, log_sigma_q = at_least_float32(posterior).chunk(2, dim=1)
         mean_p, log_sigma_p, x = self._prior(x_BDHW, active)
         z = mean_q + torch.exp(log_sigma_q) * noise_BZHW
-        if at_the_draw:
-            kl = gaussian_log_ratio(noise_BZHW, log_sigma_q, z, mean_p, log_sigma_p)
+        if sampled_kl:
+            kl = gaussian_sampled_kl(noise_BZHW, log_sigma_q, z, mean_p, log_sigma_p)
         else:
             kl = gaussian_kl(mean_q, log_sigma_q, mean_p, log_sigma_p)
-        return self._leave(x, z), z, kl.sum(dim=(1, 2, 3))
+        return self._output(x, z), z, kl.sum(dim=(1, 2, 3))
 
     def generate(self, x_BDHW: Tensor, z_BZHW: Tensor | None, noise_BZHW: Tensor | None) -> Tensor:
-        """Features that leave with a given z, or with z = mean + sigma · noise of the prior.
+        """The output features [B,D,H,W] with a given z, or with z = mean + sigma · noise.
 
-        Temperature is the scale of the noise that the caller passes; None is temperature 0.
+        Args:
+            x_BDHW: the block's input features.
+            z_BZHW: the latents; None draws them from the prior.
+            noise_BZHW: standard normal, times the temperature; None is temperature 0.
         """
         mean_p, log_sigma_p, x = self._prior(x_BDHW, F.gelu(x_BDHW))
         if z_BZHW is None:
             z_BZHW = mean_p
             if noise_BZHW is not None:
                 z_BZHW = mean_p + torch.exp(log_sigma_p) * noise_BZHW
-        return self._leave(x, z_BZHW)
+        return self._output(x, z_BZHW)
 
 
 class Decoder(nn.Module):
@@ -276,12 +240,24 @@ class Decoder(nn.Module):
                     )
         self.gain = nn.Parameter(torch.ones(1, config.width, 1, 1))
         self.bias = nn.Parameter(torch.zeros(1, config.width, 1, 1))
-        self.output = Pointwise(
-            config.width, dmol_parameters(config.image_channels, config.mixtures)
+        self.likelihood = DiscretizedLogisticMixture(
+            channels=config.image_channels,
+            num_levels=config.num_levels,
+            mixtures=config.mixtures,
+            arithmetic=config.likelihood,
         )
+        self.output = Pointwise(config.width, self.likelihood.num_parameters)
 
     def unpool(self, x_BDHW: Tensor, resolution: int) -> Tensor:
-        """Features of a lower resolution, brought to a higher one and to its width."""
+        """Brings features to a higher resolution and its width.
+
+        Args:
+            x_BDHW: features of a lower resolution.
+            resolution: the higher one, R.
+
+        Returns:
+            Features [B,D,R,R].
+        """
         low = x_BDHW.shape[-1]
         if self.config.unpool == "transposed":
             x: Tensor = self.unpools[f"{low}to{resolution}"](x_BDHW)
@@ -294,22 +270,9 @@ class Decoder(nn.Module):
 
         Near ±1 its numbers are as far apart as half a grey level of 256.
         """
-        with _without_autocast(x_BDHW.device.type):
+        with without_autocast(x_BDHW.device.type):
             x: Tensor = self.output(at_least_float32(x_BDHW) * self.gain + self.bias)
         return x
-
-
-def _without_autocast(kind: str) -> AbstractContextManager[object]:
-    available = torch.amp.is_autocast_available(kind)
-    return torch.autocast(kind, enabled=False) if available else nullcontext()
-
-
-def _of_autocast(x: Tensor) -> Tensor:
-    """In the type of autocast's convolutions, so that what they add to it is not cast back."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
 
 
 class _Features:
@@ -328,32 +291,32 @@ class _Features:
             else:
                 width = decoder.config.width_at(resolution)
                 x = decoder.gain.new_zeros((batch, width, resolution, resolution))
-            self.latest[resolution] = _of_autocast(x)
+            self.latest[resolution] = to_autocast_dtype(x)
         self.read = dict(self.latest)
-        self.entered = 0
+        self.blocks_begun = 0
 
-    def _enter(self, features: dict[int, Tensor], block: TopDownBlock) -> Tensor:
+    def _add_unpooled(self, features: dict[int, Tensor], block: TopDownBlock) -> Tensor:
         x = features[block.resolution]
         if block.unpool_from is not None:
             x = x + self.decoder.unpool(features[block.unpool_from], block.resolution)
         return x
 
-    def enter(self, block: TopDownBlock) -> Tensor:
-        """What this block reads."""
-        if self.entered % self.decoder.config.group_size == 0:
+    def input_of(self, block: TopDownBlock) -> Tensor:
+        """The input features of the next block."""
+        if self.blocks_begun % self.decoder.config.group_size == 0:
             self.read = dict(self.latest)
-        self.entered += 1
-        self.read[block.resolution] = self._enter(self.read, block)
+        self.blocks_begun += 1
+        self.read[block.resolution] = self._add_unpooled(self.read, block)
         return self.read[block.resolution]
 
-    def leave(self, block: TopDownBlock, x_BDHW: Tensor) -> None:
-        """Takes what this block wrote."""
+    def store(self, block: TopDownBlock, x_BDHW: Tensor) -> None:
+        """Keeps the output features of that block."""
         if self.decoder.config.group_size > 1:
             added = x_BDHW - self.read[block.resolution]
-            x_BDHW = self._enter(self.latest, block) + added
+            x_BDHW = self._add_unpooled(self.latest, block) + added
         self.latest[block.resolution] = x_BDHW
 
-    def last(self) -> Tensor:
+    def final(self) -> Tensor:
         """The features at the image's resolution."""
         return self.latest[self.decoder.config.image_size]
 
@@ -370,8 +333,8 @@ class VDVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.recompute_from = 0  # resolution; see TrainConfig
-        self._log_prob = dmol_log_prob
+        self.checkpoint_activations_from = 0  # resolution; see TrainConfig
+        self._log_prob = self.decoder.likelihood.log_prob
         self._initialise()
 
     def compile_parts(self) -> None:
@@ -379,12 +342,12 @@ class VDVAE(nn.Module):
 
         Blocks of one shape share their code, which the whole network, unrolled, would not.
         """
-        torch._dynamo.config.recompile_limit = 64  # one entry a shape of block
+        torch._dynamo.config.recompile_limit = 64  # one entry per shape of block
         # Blocks are small already; cut at DDP's buckets they would fuse less than on one rank.
         torch._dynamo.config.optimize_ddp = False
         for block in (*self.encoder.blocks, *self.decoder.blocks):
             block.compile(dynamic=False)
-        self._log_prob = torch.compile(dmol_log_prob, dynamic=False)
+        self._log_prob = torch.compile(self._log_prob, dynamic=False)
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -432,42 +395,39 @@ class VDVAE(nn.Module):
         self,
         x_BCHW: Tensor,
         noise_BN: Tensor | Generators = None,
-        at_the_draw: bool = False,
+        sampled_kl: bool = False,
     ) -> Elbo:
-        """The terms of the bound for raw images, one draw of the posterior an image.
+        """The terms of the bound (eq. 1) for raw images, one draw of the posterior per image.
 
         Args:
             x_BCHW: images, uint8.
             noise_BN: standard normal noise of the posterior, or a generator that it is drawn
                 from; None draws from PyTorch's global one.
-            at_the_draw: log q(z) - log p(z) of the draw instead of the KLs, so that minus the
+            sampled_kl: log q(z) - log p(z) of the draw instead of the KLs, so that minus the
                 sum is log p(x, z)/q(z given x), the log of an importance weight.
+
+        Returns:
+            Nats per image.
 
         Raises:
             UserError: for images of another shape or dtype than the model's.
         """
         level_BCHW, input_BCHW = self._images(x_BCHW)
-        run = self._keeping_less if self.recompute_from and torch.is_grad_enabled() else _plainly
+        run = activation_checkpointing(self.checkpoint_activations_from)
         activations = self.encoder(input_BCHW, run)
         features = _Features(self.decoder, len(x_BCHW))
         kls: list[Tensor] = []
         noises = self._noise(len(x_BCHW), noise_BN)
         for block, noise_BZHW in zip(self.decoder.blocks, noises, strict=True):
             activation = activations[block.resolution]
-            x, _, kl_nats_B = run(block, features.enter(block), activation, noise_BZHW, at_the_draw)
-            features.leave(block, x)
+            x, _, kl_nats_B = run(
+                block, features.input_of(block), activation, noise_BZHW, sampled_kl
+            )
+            features.store(block, x)
             kls.append(kl_nats_B)
-        params_BPHW = self.decoder.likelihood_parameters(features.last())
-        log_prob_nats_B = self._log_prob(
-            params_BPHW, level_BCHW, self.config.num_levels, self.config.likelihood
-        )
+        params_BPHW = self.decoder.likelihood_parameters(features.final())
+        log_prob_nats_B = self._log_prob(params_BPHW, level_BCHW)
         return Elbo(distortion_nats_B=-log_prob_nats_B, kl_nats_LB=torch.stack(kls))
-
-    def _keeping_less(self, block: nn.Module, x_BDHW: Tensor, *others: Any) -> Any:
-        if x_BDHW.shape[-1] < self.recompute_from:
-            return block(x_BDHW, *others)
-        # No block draws anything: its noise comes in.
-        return checkpoint(block, x_BDHW, *others, use_reentrant=False, preserve_rng_state=False)
 
     @torch.no_grad()
     def encode(
@@ -476,12 +436,18 @@ class VDVAE(nn.Module):
         mean: bool = False,
         noise_BN: Tensor | Generators = None,
     ) -> list[Tensor]:
-        """Latents of images, one [B,Z,H,W] a stochastic layer, top first.
+        """Latents of images (sec. 3: the posterior, from the top down).
 
         Args:
             x_BCHW: images, uint8.
             mean: take each posterior's mean instead of a draw.
             noise_BN: as in `forward`.
+
+        Returns:
+            [B,Z,H,W] for each stochastic layer, top first.
+
+        Raises:
+            UserError: for images of another shape or dtype than the model's.
         """
         _, input_BCHW = self._images(x_BCHW)
         activations = self.encoder(input_BCHW)
@@ -491,8 +457,8 @@ class VDVAE(nn.Module):
         latents: list[Tensor] = []
         noises = self._noise(len(x_BCHW), noise_BN)
         for block, noise_BZHW in zip(self.decoder.blocks, noises, strict=True):
-            x, z, _ = block(features.enter(block), activations[block.resolution], noise_BZHW)
-            features.leave(block, x)
+            x, z, _ = block(features.input_of(block), activations[block.resolution], noise_BZHW)
+            features.store(block, x)
             latents.append(z)
         return latents
 
@@ -504,7 +470,20 @@ class VDVAE(nn.Module):
         temperature: float | Sequence[float] = 1.0,
         generator: Generators = None,
     ) -> Tensor:
-        """Mixture parameters [B,P,H,W] from the first latents given and the prior for the rest."""
+        """Parameters of the mixture of logistics, from given latents and the prior for the rest.
+
+        Args:
+            batch: number of images, B.
+            latents: [B,Z,H,W] of the first stochastic layers, top first.
+            temperature: scale of the prior's standard deviation, one number or one per layer.
+            generator: of the prior's draws; see `Generators`.
+
+        Returns:
+            [B,P,H,W].
+
+        Raises:
+            UserError: for too many latents, a negative temperature or a wrong number of them.
+        """
         count = len(self.decoder.blocks)
         temperatures = (
             [float(temperature)] * count
@@ -514,7 +493,7 @@ class VDVAE(nn.Module):
         if len(temperatures) != count or min(temperatures) < 0:
             raise UserError(
                 f"temperature: {temperature!r} must be one number from 0 on, or {count} of them, "
-                f"one a stochastic layer"
+                f"one per stochastic layer"
             )
         if len(latents) > count:
             raise UserError(f"latents: {len(latents)} given, the model has {count} layers")
@@ -526,8 +505,8 @@ class VDVAE(nn.Module):
             elif temperatures[index] > 0:
                 shape = (batch, *self.config.latent_shapes[index])
                 noise = normal(shape, generator, self.decoder.gain) * temperatures[index]
-            features.leave(block, block.generate(features.enter(block), z, noise))
-        return self.decoder.likelihood_parameters(features.last())
+            features.store(block, block.generate(features.input_of(block), z, noise))
+        return self.decoder.likelihood_parameters(features.final())
 
     def decode(
         self,
@@ -536,21 +515,27 @@ class VDVAE(nn.Module):
         temperature: float | Sequence[float] = 1.0,
         generator: Generators = None,
     ) -> Tensor:
-        """Images, uint8 [B,C,H,W], from latents of `encode`.
+        """Images from latents of `encode`.
 
         Args:
-            latents: one [B,Z,H,W] a stochastic layer, top first; later layers may be left out.
+            latents: [B,Z,H,W] for each stochastic layer, top first; later layers may be left out.
             until: use only the first `until` of them; the prior gives the rest.
             temperature: scale of the prior's standard deviation in the layers that it gives.
             generator: of the prior's draws and of the pixels' (which stay at full temperature);
                 or as many as images, one each.
+
+        Returns:
+            uint8 [B,C,H,W].
+
+        Raises:
+            UserError: for no or too many latents, a negative temperature or a wrong number.
         """
         if not latents:
             raise UserError("latents: none given; use sample() to draw from the prior alone")
-        return self._pixels(
-            self.likelihood_parameters(len(latents[0]), latents[:until], temperature, generator),
-            generator,
+        params_BPHW = self.likelihood_parameters(
+            len(latents[0]), latents[:until], temperature, generator
         )
+        return self.decoder.likelihood.sample(params_BPHW, generator)
 
     def sample(
         self,
@@ -558,29 +543,21 @@ class VDVAE(nn.Module):
         temperature: float | Sequence[float] = 1.0,
         generator: Generators = None,
     ) -> Tensor:
-        """Draws n images, uint8 [n,C,H,W]; temperature 0 puts every latent at its prior's mean.
+        """Draws images from the prior.
 
         Args:
-            n: how many, all at once.
-            temperature: scale of the prior's standard deviation, one number or one a layer.
-            generator: of all draws; or n of them, one an image.
+            n: number of images, all drawn at once.
+            temperature: scale of the prior's standard deviation, one number or one per layer; 0
+                puts every latent at its prior's mean.
+            generator: of all draws; or n of them, one per image.
+
+        Returns:
+            uint8 [n,C,H,W].
+
+        Raises:
+            UserError: for n below 1, a negative temperature or a wrong number of them.
         """
         if n < 1:
             raise UserError(f"n: {n} images cannot be drawn; ask for at least 1")
-        return self._pixels(self.likelihood_parameters(n, (), temperature, generator), generator)
-
-    def _pixels(self, params_BPHW: Tensor, generator: Generators) -> Tensor:
-        config = self.config
-        return dmol_sample(
-            params_BPHW, config.image_channels, config.num_levels, config.likelihood, generator
-        )
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """What a KL or a likelihood is computed from: never in bfloat16, whatever came before."""
-    return x.float() if x.dtype == torch.bfloat16 else x
-
-
-def normal(shape: tuple[int, ...], generator: Generators, like: Tensor) -> Tensor:
-    """Standard normal noise on `like`'s device, drawn on the generator's own device."""
-    return drawn(torch.randn, shape, generator, like.device, like.dtype)
+        params_BPHW = self.likelihood_parameters(n, (), temperature, generator)
+        return self.decoder.likelihood.sample(params_BPHW, generator)

@@ -17,16 +17,16 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 
 def exact_float32() -> None:
     """Turns TF32 off: lower precision moves the bound (the reference is float32)."""
-    _allow_tf32(False)
+    _set_tf32(False)
 
 
-def _allow_tf32(allowed: bool) -> None:
+def _set_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Refuses what the machine does not have.
+    """Checks that the machine has a precision.
 
     Raises:
         UserError: for an unknown precision, or one that the device does not have.
@@ -46,12 +46,13 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 @contextmanager
-def rounding(precision: str) -> Iterator[None]:
-    """Lets float32 products round their inputs to TF32's 10 bits of mantissa, where it says so.
+def allow_tf32(precision: str) -> Iterator[None]:
+    """Allows TF32 while the block runs, if that is the precision: products of float32 then round
+    their inputs to 10 bits of mantissa.
 
     It must surround the backward pass, too, which `autocast` must not.
     """
-    _allow_tf32(precision == "tf32")
+    _set_tf32(precision == "tf32")
     try:
         yield
     finally:
@@ -59,17 +60,21 @@ def rounding(precision: str) -> Iterator[None]:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Runs convolutions and matrix products of a forward pass in bfloat16, where it says so."""
+    """Runs convolutions and products of a forward pass in bfloat16, if that is the precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """The arithmetic of forward passes while the block runs; fp32 is the reference.
+    """Sets the arithmetic of forward passes while the block runs; fp32 is the reference.
+
+    Args:
+        precision: fp32, tf32 or bf16.
+        device: that computes.
 
     Raises:
         UserError: as `check_precision`.
     """
     check_precision(precision, device)
-    with rounding(precision), autocast(precision, device):
+    with allow_tf32(precision), autocast(precision, device):
         yield

@@ -1,6 +1,6 @@
-"""The authors' checkpoints and ours: the same arrays under other names, the same arithmetic.
+"""Converts the authors' checkpoints: the same arrays under other names, the same arithmetic.
 
-Facts about the published parameters are in the names of the golden files; nothing is executed.
+The published names are those of the golden files; nothing published is executed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _FIELDS = {
 }
 
 
-_MOST_TOLD = 20  # names that do not fit
+_MOST_LISTED = 20  # names that do not fit
 
 
 def published_name(name: str) -> str:
@@ -61,11 +61,11 @@ def published_name(name: str) -> str:
 
 
 def published_config(config: Mapping[str, Any], shift: float, scale: float) -> ModelConfig:
-    """Our config of a published one (the golden files' JSON; more keys may stand in it).
+    """Our config of a published one.
 
     Args:
         config: width, zdim, image_size, enc_blocks, dec_blocks, custom_width_str,
-            bottleneck_multiple, no_bias_above, num_mixtures, dataset.
+            bottleneck_multiple, no_bias_above, num_mixtures, dataset; other keys are ignored.
         shift: encoder input = (pixel + shift) * scale, with pixels in 0..255. The published
             FFHQ-1024 model has its pixels in 0..1: there a shift from -1 to 0 is read that way.
         scale: as above.
@@ -137,9 +137,9 @@ def load_published(config: ModelConfig, weights: Mapping[str, Any]) -> VDVAE:
         if name in given and tuple(given[name].shape) != tuple(parameter.shape)
     ]
     if faults:
-        told = [fault[:200] for fault in faults[:_MOST_TOLD]]
-        told += [f"and {len(faults) - len(told)} more"] * (len(faults) > len(told))
-        raise UserError(f"published weights do not fit the config: {'; '.join(told)}")
+        listed = [fault[:200] for fault in faults[:_MOST_LISTED]]
+        listed += [f"and {len(faults) - len(listed)} more"] * (len(faults) > len(listed))
+        raise UserError(f"published weights do not fit the config: {'; '.join(listed)}")
     tensors = {name: torch.as_tensor(given[name]) for name in ours}
     check_values(tensors, "published weights", "fetch them again")
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""What is drawn to be looked at: samples, the ladder of reconstructions (Child 2021, Fig. 4), ways.
+"""Samples, reconstructions from part of the latents (Child 2021, Fig. 4), and interpolations.
 
-Shapes: B batch, C image channels, H W, Z latent channels, N images drawn, T steps of a way.
+Shapes: B batch, C image channels, H W, N images drawn, T steps of an interpolation.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from vdvae.config import ModelConfig, UserError, shown
-from vdvae.evaluate import content_key, image_noise, seed_of
 from vdvae.model import VDVAE
+from vdvae.randomness import check_seed, content_key, evaluation_noise, generator_of
 
 PIXELS_A_BATCH = 256 * 32 * 32  # bounds memory: 256 images of 32x32, 4 of 256x256, one of more
 MOST_SAMPLES = 4096
-MOST_STEPS = 1024  # of a way: one picture holds them side by side
+MOST_STEPS = 1024  # of an interpolation: one picture holds them side by side
 _DRAWN_AT_ONCE, _PIXELS_DRAWN = 16, 16 * 32 * 32  # 16 images of 32x32, 4 of 64x64, one of more
 
 
@@ -24,16 +24,19 @@ def images_a_batch(config: ModelConfig) -> int:
 
 
 def draw(model: VDVAE, n: int, temperature: float, seed: int) -> Tensor:
-    """Draws n images, uint8 [N,C,H,W] on the CPU; each depends on (seed, its number) alone.
+    """Draws images, each a function of (seed, its number) alone.
 
-    So the first images of more are the same ones, bit for bit on one machine: the numbers an image
-    is drawn from are its own, and it is always computed at the same place of as many.
+    With a larger n the first ones stay the same, bit for bit on one machine: each image has random
+    numbers of its own, and is always computed at the same place of a batch of the same size.
 
     Args:
         model: on its device.
-        n: how many.
-        temperature: scale of the prior's standard deviation.
+        n: number of images, 1 to MOST_SAMPLES.
+        temperature: scale of the prior's standard deviation, 0 to 2.
         seed: of all draws.
+
+    Returns:
+        uint8 [N,C,H,W], on the CPU.
 
     Raises:
         UserError: n, temperature or seed out of bounds.
@@ -45,29 +48,31 @@ def draw(model: VDVAE, n: int, temperature: float, seed: int) -> Tensor:
     check_seed(seed)
     size = max(1, min(_DRAWN_AT_ONCE, _PIXELS_DRAWN // model.config.image_size**2))
 
-    def drawn(start: int) -> Tensor:
-        seeds = [seed_of("sample", seed, number) for number in range(start, start + size)]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def batch(start: int) -> Tensor:
+        generators = [generator_of("sample", seed, number) for number in range(start, start + size)]
         return model.sample(size, temperature, generators).cpu()
 
-    return torch.cat([drawn(start) for start in range(0, n, size)])[:n]
+    return torch.cat([batch(start) for start in range(0, n, size)])[:n]
 
 
 @torch.no_grad()
 def reconstruction_ladder(
     model: VDVAE, x_BCHW: Tensor, seed: int, temperature: float = 0.1
 ) -> dict[int, Tensor]:
-    """Reconstructions from the latents up to each resolution: {resolution: uint8 [B,C,H,W]}.
+    """Reconstructions from the latents up to each resolution.
 
     The posterior gives the latents of all layers up to the resolution; the prior, at low
     temperature, the rest (Fig. 4: which images are likely given a part of the latents). All draws
-    are of (seed, content of the image).
+    are functions of (seed, content of the image).
 
     Args:
         model: on its device.
         x_BCHW: images, uint8.
         seed: of all draws.
-        temperature: of the prior.
+        temperature: scale of the prior's standard deviation.
+
+    Returns:
+        {resolution: uint8 [B,C,H,W]}, the lowest resolution first.
 
     Raises:
         UserError: a seed out of bounds, or images that are not the model's.
@@ -78,8 +83,7 @@ def reconstruction_ladder(
     # One by one: a batch of other size would round otherwise.
     for x_CHW in x_BCHW:
         image_BCHW = x_CHW[None].to(model.decoder.gain.device)
-        key = seed_of("reconstruct", seed, content_key(x_CHW))
-        generator = torch.Generator().manual_seed(key)
+        generator = generator_of("reconstruct", seed, content_key(x_CHW))
         latents = model.encode(image_BCHW, noise_BN=generator)
         for resolution, images in rungs.items():
             until = len([r for r in resolutions if r <= resolution])
@@ -88,37 +92,43 @@ def reconstruction_ladder(
 
 
 def interpolate(model: VDVAE, x_CHW: Tensor, y_CHW: Tensor, steps: int, seed: int) -> Tensor:
-    """Images on the way from one image to another, uint8 [T,C,H,W]; the ends are reconstructions.
+    """Interpolates between two images; the first and last image are their reconstructions.
 
-    Each layer's latents turn on the sphere from one draw of the posterior to the other. In between
-    on a straight line two such draws would partly cancel: in a layer whose posterior is near its
-    prior the mean of two is shorter by the root of a half, which looks like a low temperature and
-    washes the middle out. All steps share the draw of the pixels, so that only the latents move.
+    Each layer's latents are interpolated spherically (`slerp`) between draws of the two posteriors.
+    On a straight line two such draws would partly cancel: in a layer whose posterior is near its
+    prior, their mean is shorter by the square root of 1/2, which looks like a low temperature. All
+    steps share the draw of the pixels, so that only the latents change.
 
     Args:
-        model: in evaluation.
+        model: in evaluation mode.
         x_CHW: the first image, uint8.
         y_CHW: the last one.
-        steps: how many images, both ends counted; 2 to MOST_STEPS.
+        steps: T, the number of images, both ends counted; 2 to MOST_STEPS.
         seed: of the posterior's draws, with each image, and of the pixels'.
 
+    Returns:
+        uint8 [T,C,H,W], on the CPU.
+
     Raises:
-        UserError: too few or too many steps, or images that are not the model's.
+        UserError: too few or too many steps, a seed out of bounds, or images that are not the
+            model's.
     """
     if steps < 2:
         raise UserError(f"steps: {steps} leaves no way between two images; use 2 or more")
     if steps > MOST_STEPS:
         raise UserError(f"steps: {shown(steps)} is out of bounds; use 2 to {MOST_STEPS} images")
-    device = model.decoder.gain.device
+    check_seed(seed)
+    parameter = model.decoder.gain
     ends = []
     for image_CHW in (x_CHW, y_CHW):
-        x_BCHW = image_CHW[None].to(device)
-        ends.append(model.encode(x_BCHW, noise_BN=image_noise(model, x_BCHW, seed)))
+        x_BCHW = image_CHW[None].to(parameter.device)
+        noise_BN = evaluation_noise(x_BCHW, model.config.num_latents, seed).to(parameter)
+        ends.append(model.encode(x_BCHW, noise_BN=noise_BN))
     # One by one: a batch of other size would round otherwise, and the ends are to be exact.
     images = [
         model.decode(
             [slerp(a, b, step / (steps - 1)) for a, b in zip(*ends, strict=True)],
-            generator=generator_of(seed),
+            generator=torch.Generator().manual_seed(seed),
         )
         for step in range(steps)
     ]
@@ -126,9 +136,12 @@ def interpolate(model: VDVAE, x_CHW: Tensor, y_CHW: Tensor, steps: int, seed: in
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """The point at `share` (0 to 1) of the way from a to b on the arc between their directions.
+    """Spherical linear interpolation: on the arc between the directions of two tensors.
 
-    At 0 and 1 it is a and b bit for bit; where the directions agree, it is on a straight line.
+    Args:
+        a: where `share` is 0, bit for bit.
+        b: where `share` is 1, bit for bit.
+        share: 0 to 1; between parallel tensors the interpolation is linear.
     """
     cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
     angle = torch.arccos(cosine.clamp(-1, 1))
@@ -137,23 +150,3 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
         return torch.lerp(a, b, share)
     first, last = (torch.sin(weight * angle) / sine for weight in (1 - share, share))
     return first * a + last * b
-
-
-def generator_of(seed: int) -> torch.Generator:
-    """A generator on the CPU, so that every device draws the same.
-
-    Raises:
-        UserError: a seed out of bounds.
-    """
-    check_seed(seed)
-    return torch.Generator().manual_seed(seed)
-
-
-def check_seed(seed: int) -> None:
-    """Checks a seed of draws.
-
-    Raises:
-        UserError: it is out of bounds.
-    """
-    if not 0 <= seed < 2**31:
-        raise UserError(f"seed: {seed} is out of bounds; use 0 to {2**31 - 1}")

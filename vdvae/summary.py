@@ -1,6 +1,6 @@
-"""What a model is before it is made: blocks, latents, parameters, arithmetic and memory.
+"""The size of a config's model: blocks, latents, parameters, operations and memory.
 
-Everything is read off a model on PyTorch's `meta` device, whose tensors have shapes and no bytes.
+Everything is measured on PyTorch's `meta` device, whose tensors have shapes and no bytes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Row:
     encoder_blocks: int
     decoder_blocks: int  # stochastic layers
     width: int
-    latents: int  # latent variables an image
+    latents: int  # latent variables per image
     latent_share: float  # of all of them, up to and with this resolution (Child 2021, Fig. 4)
     parameters: int
-    forward_flop: int  # an image, two for a multiplication with addition
+    forward_flop: int  # per image, two for a multiplication with addition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,32 +43,33 @@ class Summary:
     decoder_blocks: int
     latents: int
     parameters: int
-    forward_flop: int  # bound of one image
-    sampling_flop: int  # one sample
-    activation_bytes: int  # kept for the backward pass, an image, float32
+    forward_flop: int  # per image, to compute its bound
+    sampling_flop: int  # per sample
+    activation_bytes: int  # kept for the backward pass, per image, float32
 
     @property
     def training_flop(self) -> int:
-        """Of one image: forward, and twice that backward."""
+        """Per image: forward, and twice that backward."""
         return 3 * self.forward_flop
 
     def training_bytes(self, batch_size: int) -> int:
-        """An estimate of what a training step holds: weights, gradients, moments, average and
-        activations, in float32. Work space of the convolutions comes on top."""
+        """An estimate of a training step's memory in bytes: weights, gradients, moments, average
+        and activations, in float32. Work space of the convolutions comes on top."""
         state = _COPIES * _FLOAT_BYTES * self.parameters
         return state + batch_size * self.activation_bytes
 
 
-def summarise(config: ModelConfig, recompute_from: int = 0) -> Summary:
+def summarise(config: ModelConfig, checkpoint_activations_from: int = 0) -> Summary:
     """The figures of a config's model, without its memory: seconds for the largest recipe.
 
     Args:
         config: of the model.
-        recompute_from: as in TrainConfig; what is computed again is not kept, nor counted as FLOP.
+        checkpoint_activations_from: as in TrainConfig; what is computed again is not kept, nor
+            counted as FLOP.
     """
     with torch.device("meta"):
         model = VDVAE(config)
-        model.recompute_from = recompute_from
+        model.checkpoint_activations_from = checkpoint_activations_from
         shape = (1, config.image_channels, config.image_size, config.image_size)
         x_BCHW = torch.empty(shape, dtype=torch.uint8)
         noise_BN = torch.empty(1, config.num_latents)

@@ -1,6 +1,6 @@
-"""Training: one readable loop, and one state that is everything it resumes from.
+"""Training (Child 2021, sec. 4.2): one loop, and one state that is everything it resumes from.
 
-Shapes: B batch, C image channels, H W, N latent variables an image.
+Shapes: B batch, C image channels, H W, N latent variables per image, T terms of the bound.
 Data order and noise are functions of (seed, step): they are derived, never stored.
 """
 
@@ -20,57 +20,54 @@ import torch
 from torch import Tensor, nn
 
 from vdvae import doctor
-from vdvae.checkpoint import LARGEST, StateWriter, check_fit, check_values, read_newest_state
+from vdvae.checkpoint import (
+    LARGEST,
+    Resumable,
+    StateWriter,
+    check_fit,
+    check_values,
+    read_newest_state,
+)
 from vdvae.config import ModelConfig, TrainConfig, UserError
-from vdvae.distributed import ALONE, Ranks, own_gradients
+from vdvae.distributed import SINGLE, Ranks, no_sync
 from vdvae.doctor import Finding, Point
-from vdvae.evaluate import seed_of
 from vdvae.model import VDVAE, bits_per_dim
-from vdvae.precision import autocast, check_precision, rounding
+from vdvae.precision import allow_tf32, autocast, check_precision
+from vdvae.randomness import seed_of, training_noise
 
-# This rank's share of each batch, uint8 [B,C,H,W], from a number of images that all have seen on.
+# A function of the number of images that the run has trained on, over all ranks: this rank's share
+# of every batch after those, uint8 [B,C,H,W].
 Batches = Callable[[int], Iterator[Tensor]]
 
 
 class Stopped(Exception):
-    """Raised by `validate` or `look`, where they were asked to stop half-way."""
+    """Raised by `validate` or `on_log` to stop the run before they are done."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run tells after each step; a false answer makes it write a checkpoint and end."""
+    """The argument of `on_progress`: where a run stands after a step."""
 
-    step: int
-    steps: int
-    point: Point | None  # where this step closed an interval of the curves
-    saved: bool  # this step's state is on its way to the disk, with all points or but for `point`
-    history: list[Point]  # all points since the run began, on however many machines it ran
+    step: int  # updates done
+    steps: int  # of the whole run
+    point: Point | None  # of the curves, if this step ends an interval of `log_every`
+    saved: bool  # whether a checkpoint of this step is being written (`point` may not be in it)
+    history: list[Point]  # all points since the run began, including those before it resumed
     findings: list[Finding] = field(default_factory=list)  # the doctor's, new at this step
 
 
-@dataclass
-class TrainState:
+@dataclass(kw_only=True)
+class TrainState(Resumable):
     """Everything that resumes. Data position, noise and learning rate follow from `step`."""
 
     model: VDVAE
     ema: VDVAE  # averaged weights: what is evaluated and kept
     optimiser: torch.optim.AdamW
-    forward: nn.Module  # the model, or what runs it on several ranks
-    step: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    best_bits_per_dim: float = math.inf
-    best: dict[str, Tensor] = field(default_factory=dict)  # weights with that validation figure
-    validations_since_best: int = 0
-    findings_seen: dict[str, int] = field(default_factory=dict)  # the doctor's memory
-    history: list[Point] = field(default_factory=list)
-    window: dict[str, float] = field(default_factory=dict)  # sums since the last point
-    # This step's point, which is not in `history` before it was validated (where it is to be: True)
-    # and looked at: both take long, so that a checkpoint is written before them.
-    pending: tuple[Point, bool] | None = None
+    forward: nn.Module  # the model, or its DDP wrapper
+    best: dict[str, Tensor] = field(default_factory=dict)  # weights with `best_bits_per_dim`
 
     def save(self, writer: StateWriter) -> None:
-        """Hands a checkpoint to the writer, which copies what may change."""
+        """Hands a checkpoint to the writer, which copies the tensors."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             tensors[f"model/{name}"] = parameter.detach()
@@ -78,37 +75,26 @@ class TrainState:
                 tensors[f"optimiser.{key}/{name}"] = value
         tensors |= {f"ema/{name}": value.detach() for name, value in self.ema.named_parameters()}
         tensors |= {f"best/{name}": value for name, value in self.best.items()}
-        state = {
-            "config": self.model.config.to_dict(),
-            "step": self.step,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "best_bits_per_dim": self.best_bits_per_dim if self.best else None,
-            "validations_since_best": self.validations_since_best,
-            "findings_seen": dict(self.findings_seen),
-            "history": list(self.history),
-            "window": dict(self.window),
-            "pending": self.pending and (dict(self.pending[0]), self.pending[1]),
-        }
-        writer.write(self.step, tensors, state)
+        index = {"config": self.model.config.to_dict(), **self.to_index()}
+        writer.write(self.step, tensors, index)
 
     def bytes(self) -> int:
-        """What a checkpoint takes on the disk, about, once there is everything in it."""
+        """The approximate size of a checkpoint on the disk, with its best weights."""
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return 5 * weights  # weights, two moments, averages, the best
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Takes up the newest checkpoint, where there is one.
+        """Restores the newest checkpoint of a folder, if there is one.
 
         Raises:
-            UserError: for the checkpoint of another model, or one that is not fit to go on from.
+            UserError: the checkpoint is of another model config, or damaged.
         """
-        found = read_newest_state(folder, most_bytes=2 * self.bytes() + 2**24)
-        if found is None:
+        newest = read_newest_state(folder, most_bytes=2 * self.bytes() + 2**24)
+        if newest is None:
             return
-        tensors, state = found
-        if state["config"] != self.model.config.to_dict():
+        tensors, index = newest
+        if index["config"] != self.model.config.to_dict():
             raise UserError(
                 f"{folder}: holds checkpoints of another model config; move that folder away, "
                 f"or set the config back, then run the same command again"
@@ -129,21 +115,10 @@ class TrainState:
             parameter.copy_(tensors[f"ema/{name}"])
             if f"best/{name}" in tensors:
                 self.best[name] = tensors[f"best/{name}"].to(parameter.device)
-        self.step = state["step"]
-        self.skipped = state["skipped"]
-        self.skipped_in_a_row = state["skipped_in_a_row"]
-        if state["best_bits_per_dim"] is not None:
-            self.best_bits_per_dim = state["best_bits_per_dim"]
-        self.validations_since_best = state["validations_since_best"]
-        self.findings_seen = state["findings_seen"]
-        self.history = state["history"]
-        self.window = state["window"]
-        if state.get("pending"):  # older states have none
-            point, due = state["pending"]
-            self.pending = point, due
+        self.restore(index)
 
     def _check(self, tensors: dict[str, Tensor], where: str) -> None:
-        """Checks what a checkpoint holds: whole parts of this model's shapes, finite throughout."""
+        """Checks a checkpoint's tensors: complete, of this model's shapes, and finite."""
         remedy = "restore the checkpoints, or move that folder away to begin anew"
         weights = dict(self.model.named_parameters())
         scalars = dict.fromkeys(weights, torch.zeros(()))
@@ -159,15 +134,14 @@ class TrainState:
         optimised = {part for part in held if part.startswith("optimiser.")}
         if not held.keys() <= parts.keys() or len(optimised) not in (0, 3):
             raise UserError(f"{where}: holds other parts than a checkpoint's; {remedy}")
-        for part, found in held.items():
-            check_fit(found, parts[part], f"{where}: {part} does not fit the model", remedy)
-            inside = part.startswith("optimiser.")
+        for part, held_tensors in held.items():
+            check_fit(held_tensors, parts[part], f"{where}: {part} does not fit the model", remedy)
             check_values(
-                found,
+                held_tensors,
                 f"{where}: {part}",
                 remedy,
                 dtype=torch.float32 if part == "optimiser.step" else self.model.decoder.gain.dtype,
-                largest=torch.finfo(torch.float32).max if inside else LARGEST,
+                largest=torch.finfo(torch.float32).max if part in optimised else LARGEST,
             )
 
     @torch.no_grad()
@@ -180,10 +154,10 @@ class TrainState:
 
 
 def device_of(config: TrainConfig) -> torch.device:
-    """The device that a run is to use.
+    """The device of a run.
 
     Raises:
-        UserError: where CUDA is asked for and there is none.
+        UserError: CUDA is asked for and there is none.
     """
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
@@ -195,10 +169,10 @@ def device_of(config: TrainConfig) -> torch.device:
 
 
 def check_machine(config: TrainConfig, device: torch.device) -> None:
-    """Refuses what this machine cannot do.
+    """Checks that this machine can train as configured.
 
     Raises:
-        UserError: it has not the precision, or no compiler where one is needed.
+        UserError: it lacks the precision, or a compiler where one is needed.
     """
     check_precision(config.precision, device)
     # Triton needs a C compiler on a GPU.
@@ -212,10 +186,10 @@ def check_machine(config: TrainConfig, device: torch.device) -> None:
 
 
 def share_of(config: TrainConfig, ranks: Ranks) -> int:
-    """How many images of a batch are this rank's.
+    """The number of images of a batch that each rank computes.
 
     Raises:
-        UserError: where the batch does not part evenly.
+        UserError: the batch cannot be divided evenly.
     """
     parts = ranks.size * config.accumulation
     if config.batch_size % parts:
@@ -231,10 +205,21 @@ def start(
     model_config: ModelConfig,
     config: TrainConfig,
     device: torch.device,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE,
     dtype: torch.dtype = torch.float32,
 ) -> TrainState:
-    """The state before the first step: weights from the seed, averaged weights a copy of them."""
+    """The state before the first step.
+
+    Args:
+        model_config: the model.
+        config: how it is trained; its seed determines the weights.
+        device: of all tensors.
+        ranks: that train it together.
+        dtype: of the weights.
+
+    Returns:
+        A state whose averaged weights equal the weights.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("weights", config.seed))
         model = VDVAE(model_config)
@@ -246,7 +231,7 @@ def start(
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     ema.requires_grad_(False).eval()
-    model.recompute_from = config.recompute_from
+    model.checkpoint_activations_from = config.checkpoint_activations_from
     if config.compile:
         model.compile_parts()
     optimiser = torch.optim.AdamW(
@@ -255,29 +240,13 @@ def start(
         weight_decay=config.weight_decay,
         fused=True,
     )
-    return TrainState(model=model, ema=ema, optimiser=optimiser, forward=ranks.wrapped(model))
+    return TrainState(model=model, ema=ema, optimiser=optimiser, forward=ranks.wrap_ddp(model))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up: update i (from 0) runs at i / warmup_steps of the full rate."""
+    """Linear warm-up: update i (from 0) has i / warmup_steps of the full learning rate."""
     warm = step >= config.warmup_steps
     return config.learning_rate * (1.0 if warm else step / config.warmup_steps)
-
-
-def noise_of(
-    config: TrainConfig, step: int, images: range, num_latents: int, device: torch.device
-) -> Tensor:
-    """The posterior's noise [B,N] for these images of a step's batch, standard normal.
-
-    It is a function of (seed, step, number in the batch), not of who computes it: any number of
-    ranks draws the same. On a GPU its own generator draws it, and other numbers than a CPU's.
-    """
-    generator = torch.Generator(device)
-    noise_BN = torch.empty(len(images), num_latents, device=device)
-    for row_N, image in zip(noise_BN, images, strict=True):
-        generator.manual_seed(seed_of("noise", config.seed, step, image))
-        row_N.normal_(generator=generator)
-    return noise_BN
 
 
 def update(
@@ -285,21 +254,31 @@ def update(
     config: TrainConfig,
     x_BCHW: Tensor,
     noise_BN: Tensor,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE,
 ) -> Point:
-    """One optimiser step on one batch, of which this rank has its share; returns its figures.
+    """One optimiser step on one batch.
 
-    The update is skipped where loss or gradient norm is not finite, or the norm before clipping
-    is over the threshold (Child 2021, sec. 4.2); then the averaged weights stand still while step
-    and schedule move on. What decides is the mean over ranks, so that all decide alike.
+    The update is skipped if loss or gradient norm is not finite, or the norm before clipping is
+    over the threshold (Child 2021, sec. 4.2); then the averaged weights do not change, while step
+    and schedule advance. The mean over ranks decides, so all ranks decide alike.
+
+    Args:
+        state: is changed in place.
+        config: how to train.
+        x_BCHW: this rank's share of the batch, uint8.
+        noise_BN: standard normal noise of the posterior.
+        ranks: that train together.
+
+    Returns:
+        Means over the batch of all ranks in bits/dim, rates by resolution, and the gradient norm.
     """
     dims, parts = state.model.config.dims, config.accumulation
     state.optimiser.zero_grad(set_to_none=True)
     sums: list[Tensor] = []
-    with rounding(config.precision):
+    with allow_tf32(config.precision):
         for x, noise in zip(x_BCHW.chunk(parts), noise_BN.chunk(parts), strict=True):
             last = len(sums) == parts - 1
-            with nullcontext() if last else own_gradients(state.forward):
+            with nullcontext() if last else no_sync(state.forward):
                 with autocast(config.precision, x.device):
                     elbo = state.forward(x, noise)
                 # nats/dim, the unit of the published thresholds
@@ -308,9 +287,9 @@ def update(
             sums.append(terms_TB.detach().mean(dim=1) / parts)
     parameters: list[Tensor] = list(state.model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip, foreach=True)
-    # One look at the device a step.
-    found = torch.cat([norm.detach()[None], torch.stack(sums).sum(dim=0)]).cpu()
-    gradient_norm, distortion_nats, *kl_nats_L = ranks.mean(found).tolist()
+    # One copy from the device per step.
+    terms = torch.cat([norm.detach()[None], torch.stack(sums).sum(dim=0)]).cpu()
+    gradient_norm, distortion_nats, *kl_nats_L = ranks.all_reduce_mean(terms).tolist()
     rate_nats = sum(kl_nats_L)
     finite = math.isfinite(rate_nats + distortion_nats + gradient_norm)
     if finite and gradient_norm <= config.skip_threshold:
@@ -343,67 +322,76 @@ def train(
     folder: Path,
     on_progress: Callable[[Progress], bool],
     validate: Callable[[VDVAE], float] | None = None,
-    look: Callable[[int, VDVAE], None] | None = None,
-    ranks: Ranks = ALONE,
+    on_log: Callable[[int, VDVAE], None] | None = None,
+    ranks: Ranks = SINGLE,
 ) -> VDVAE | None:
-    """Trains to the last step, from the newest checkpoint in `folder` where there is one.
+    """Trains to the last step, from the newest checkpoint in `folder` if there is one.
 
     To resume, call it again with the same arguments: in float32 on one machine with one number of
-    threads, on one rank or two, the finished weights are the same, bit for bit, as if nothing had
-    happened. With more ranks, or another number of them, data and noise stay the same, and sums are
-    rounded otherwise.
+    threads, on one rank or two, the finished weights are the same, bit for bit, as without the
+    interruption. With more ranks, or another number of them, data and noise stay the same, but sums
+    are rounded differently.
 
     Args:
         model_config: the model.
         config: how to train it.
-        batches: gives this rank's share of each batch, uint8 [B,C,H,W], from a number of images
-            that all ranks have seen on.
-        folder: of the checkpoints, which the first rank writes and all read.
-        on_progress: told after every step; where any rank answers no, all end.
+        batches: gives this rank's share of each batch, uint8 [B,C,H,W]; called once, with the
+            number of images that the run has trained on so far.
+        folder: of the checkpoints, which rank 0 writes and all ranks read.
+        on_progress: called after every step. If it returns False on any rank, all ranks write a
+            checkpoint and return.
         validate: bits/dim of a model on validation images, the same on every rank; called every
-            `validate_every` steps, after that step's checkpoint. It may raise `Stopped`, on every
-            rank; so may `look`: then all end, and validate that step once more when they go on.
-        look: shown the step and the averaged weights at every point of the curves; its time and
-            validation's are not in images/s. It draws from generators of its own.
-        ranks: who takes part.
+            `validate_every` steps, after that step's checkpoint. It may raise `Stopped` on every
+            rank, and `on_log` on any: then all return, and validate that step when they resume.
+        on_log: called at every point of the curves with the step and the averaged model. Its time
+            and that of `validate` do not count in images/s. It must not draw from PyTorch's global
+            generator.
+        ranks: that train together.
 
     Returns:
-        The finished model, or None where it was asked to stop.
+        The finished model, or None if the run was stopped before the last step.
 
     Raises:
-        UserError: where the doctor stops the run, the batch does not part evenly, or the machine
-            has not the precision or the room on disk.
+        UserError: the doctor ends the run, the batch cannot be divided evenly, or the machine lacks
+            the precision or the room on its disk.
     """
     device, share = device_of(config), share_of(config, ranks)
     check_machine(config, device)
     state = start(model_config, config, device, ranks)
     state.load(folder)
     ranks.check_equal("the step of the newest checkpoint", state.step)
-    mine = range(ranks.rank * share, (ranks.rank + 1) * share)  # of the images of a batch
+    own_images = range(ranks.rank * share, (ranks.rank + 1) * share)  # their numbers in a batch
     with StateWriter(folder, config.keep_checkpoints) as writer:
-        if ranks.first:
+
+        def save_checkpoint() -> None:
+            if ranks.is_main:
+                state.save(writer)
+
+        if ranks.is_main:
             writer.check_room(state.bytes())
         if state.step:
-            if ranks.first:
+            if ranks.is_main:
                 print(f"resuming at step {state.step}/{config.steps}", flush=True)
-            # Points of the checkpoint may not have reached their reader before the run was cut off.
+            # The checkpoint's last points may not have been logged before the run was interrupted.
             resumed = Progress(state.step, config.steps, None, True, state.history)
-            if not ranks.all_agree(on_progress(resumed)):
+            if not ranks.all_true(on_progress(resumed)):
                 return None
-        # The next batch goes to a GPU while this one is worked on.
+        # The next batch is copied to a GPU while this one is computed.
         stream = (
             x_BCHW.to(device, non_blocking=True)
             for x_BCHW in batches(state.step * config.batch_size)
         )
-        following = next(stream, None)
+        next_BCHW = next(stream, None)
         clock, clock_step, saved_at = time.monotonic(), state.step, time.monotonic()
         while state.pending or not _finished(state, config):
             findings: list[Finding] = []
-            saved = True  # where a resumed step is still to be validated
+            saved = True  # if a resumed step is still to be validated
             if state.pending is None:
-                noise_BN = noise_of(config, state.step, mine, model_config.num_latents, device)
-                assert following is not None, "batches ended"
-                x_BCHW, following = following, next(stream, None)
+                noise_BN = training_noise(
+                    config.seed, state.step, own_images, model_config.num_latents, device
+                )
+                assert next_BCHW is not None, "batches ended"
+                x_BCHW, next_BCHW = next_BCHW, next(stream, None)
                 figures = update(state, config, x_BCHW, noise_BN, ranks)
                 _add_to_window(state.window, figures)
                 findings += doctor.streak(config, state.skipped_in_a_row, figures["gradient_norm"])
@@ -421,41 +409,43 @@ def train(
                 saved = last or late or state.step % config.checkpoint_every == 0
                 if saved:
                     saved_at = time.monotonic()
-                    if ranks.first:
-                        state.save(writer)
-            closed: Point | None = None
+                    save_checkpoint()
+            new_point: Point | None = None
             if state.pending:
-                closed = _validated(state, validate, look, ranks)
-                if closed is None:
-                    if not saved and ranks.first:
-                        state.save(writer)
+                new_point = _log_pending(state, validate, on_log, ranks)
+                if new_point is None:
+                    if not saved:
+                        save_checkpoint()
                     return None
                 clock, clock_step = time.monotonic(), state.step
                 findings += doctor.examine(model_config, config, state.history, state.findings_seen)
             last = _finished(state, config)
             if last and not saved:  # patience ended
                 saved = True
-                if ranks.first:
-                    state.save(writer)
-            told = Progress(state.step, config.steps, closed, saved, state.history, findings)
-            go_on = ranks.all_agree(on_progress(told))
+                save_checkpoint()
+            progress = Progress(state.step, config.steps, new_point, saved, state.history, findings)
+            go_on = ranks.all_true(on_progress(progress))
             for finding in findings:
                 if finding.stops:
                     raise UserError(f"train: {finding.text}")
             if not go_on and not last:
-                if not saved and ranks.first:
-                    state.save(writer)
+                if not saved:
+                    save_checkpoint()
                 return None
     return state.finished_model()
 
 
-def _validated(
+def _log_pending(
     state: TrainState,
     validate: Callable[[VDVAE], float] | None,
-    look: Callable[[int, VDVAE], None] | None,
+    on_log: Callable[[int, VDVAE], None] | None,
     ranks: Ranks,
 ) -> Point | None:
-    """Moves the pending point to the history; where any rank is stopped in it, nothing changes."""
+    """Validates and logs the pending point, and moves it to the history.
+
+    Returns:
+        The point; None, with nothing changed, if any rank was stopped.
+    """
     assert state.pending is not None
     point, due = state.pending
     bits: float | None = None
@@ -463,14 +453,15 @@ def _validated(
     try:
         if validate is not None and due:
             bits = validate(state.ema)
-        if look is not None:
-            look(state.step, state.ema)
+        if on_log is not None:
+            on_log(state.step, state.ema)
     except Stopped:
         stopped = True
-    if not ranks.all_agree(not stopped):
+    if not ranks.all_true(not stopped):
         return None
     if bits is not None:
-        _select_best(state, point, bits)
+        point = point | {"validation_bits_per_dim": bits}
+        _select_best(state, bits)
     state.history.append(point)
     state.pending = None
     return point
@@ -482,7 +473,7 @@ def _finished(state: TrainState, config: TrainConfig) -> bool:
 
 
 def _add_to_window(window: dict[str, float], figures: Point) -> None:
-    """Sums for the means; figures of an update that are not finite are counted instead."""
+    """Adds an update's figures to the sums; if they are not all finite it is only counted."""
     finite = all(map(math.isfinite, figures.values()))
     for name, figure in figures.items():
         before = window.get(name, 0.0)
@@ -495,7 +486,7 @@ def _add_to_window(window: dict[str, float], figures: Point) -> None:
 
 
 def _close_window(state: TrainState, config: TrainConfig, images_per_second: float) -> Point:
-    """Means since the last point, the greatest gradient norm, and where the run stands."""
+    """A point of the curves: means since the last one, the greatest gradient norm, counters."""
     window, state.window = state.window, {}
     norm, not_finite = window.pop("gradient_norm"), window.pop("not_finite")
     count = window.pop("steps") - not_finite
@@ -514,7 +505,7 @@ def _close_window(state: TrainState, config: TrainConfig, images_per_second: flo
 
 
 def _peak_memory(device: torch.device) -> Point:
-    """What this process held at most since it was started, MiB."""
+    """The peak memory of this process since its start, MiB."""
     peak = {"peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if device.type == "cuda":
         peak["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
@@ -522,9 +513,9 @@ def _peak_memory(device: torch.device) -> Point:
 
 
 @torch.no_grad()
-def _select_best(state: TrainState, point: Point, bits: float) -> None:
-    point["validation_bits_per_dim"] = bits
-    if bits < state.best_bits_per_dim:
+def _select_best(state: TrainState, bits: float) -> None:
+    best = math.inf if state.best_bits_per_dim is None else state.best_bits_per_dim
+    if bits < best:
         state.best_bits_per_dim = bits
         state.best = {name: value.clone() for name, value in state.ema.named_parameters()}
         state.validations_since_best = 0

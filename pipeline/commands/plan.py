@@ -37,7 +37,7 @@ def plan(name: str, probe: bool = True) -> Lines:
 
     recipe, places = load_recipe(name), Places.from_env()
     train = recipe.train
-    found = summarise(recipe.model, train.recompute_from)
+    found = summarise(recipe.model, train.checkpoint_activations_from)
     images = train.steps * train.batch_size
     yield "parameters", f"{found.parameters:,}"
     yield "forward", f"{found.forward_flop / 1e9:,.2f} GFLOP an image"
@@ -148,7 +148,8 @@ def _hours(recipe: Recipe, found: Summary, ranks: int) -> str:
         return (
             f"not measured: a step of {images_at_once} images at once needs about "
             f"{_bytes(needed)} and this machine's {device.type} has {_bytes(free)} free; "
-            f"raise train.accumulation, set train.recompute_from, or run it where there is more"
+            f"raise train.accumulation, set train.checkpoint_activations_from, or run it where "
+            f"there is more"
         )
     try:
         seconds = probe_seconds(recipe, device, recipe.train.batch_size // ranks)

@@ -46,7 +46,7 @@ from pipeline.shards.manifest import (
 from pipeline.sources.decode import OddImage, OddImages
 from pipeline.sources.source import Item, Source, on_levels
 from pipeline.storage import Store
-from pipeline.system.process import alone
+from pipeline.system.process import exclusive_lock
 from vdvae.config import UserError
 from vdvae.files import atomic_write, atomic_write_json, sha256_of
 
@@ -131,7 +131,7 @@ def _state(recipe: str, data: DataConfig, store: Store, runs: Path | None) -> It
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     state = runs / STATES / f"{recipe}-{digest}"
-    with alone(state.with_suffix(".lock"), math.inf, doing=f"sharding {recipe}"):
+    with exclusive_lock(state.with_suffix(".lock"), math.inf, doing=f"sharding {recipe}"):
         state.mkdir(exist_ok=True)
         yield state
 

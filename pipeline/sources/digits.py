@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.params import DataConfig
 from pipeline.sources.source import Item, Run, require, whole_number
-from vdvae.config import levels_to_uint8
+from vdvae.levels import levels_to_uint8
 
 IMAGES = 1797
 LEVELS = 17  # 0..16: the count of set pixels in a 4x4 block of the scanned bitmap

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 from pipeline.sources import cifar10, ffhq, imagenet
 from pipeline.sources.raw import npy_header
 from pipeline.sources.tars import members
-from pipeline.system.process import alone, try_lock
+from pipeline.system.process import exclusive_lock, try_lock
 from vdvae.config import UserError
 from vdvae.files import atomic_write_json, open_regular, read_json, target_of
 
@@ -208,7 +208,7 @@ def held(file: Path, sums: Path) -> Iterator[str]:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
     _check_sum(file, found, sums)
     yield found
-    with alone(sums.with_suffix(".lock"), doing=f"writing {sums}"):
+    with exclusive_lock(sums.with_suffix(".lock"), doing=f"writing {sums}"):
         known = _check_sum(file, found, sums)
         atomic_write_json(sums, {**known, file.name: found})
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from pipeline.params import DataConfig
 from pipeline.sources.decode import OddImage
 from pipeline.sources.raw import setting
-from vdvae.config import UserError, levels_to_uint8, uint8_to_levels
+from vdvae.config import UserError
+from vdvae.levels import levels_to_uint8, uint8_to_levels
 
 # Runs jobs, perhaps many at once, and gives their results in the order of the jobs.
 Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]

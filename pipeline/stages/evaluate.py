@@ -56,7 +56,7 @@ def measure(recipe: Recipe, places: Places) -> None:
             reader = ShardReader(manifest, store, split)
             return scores_of(group, model, reader, settings, settings.passes, settings.iwae)
 
-        if not group.first:
+        if not group.is_main:
             for split in SPLITS:
                 score(split)
             return

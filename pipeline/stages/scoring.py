@@ -33,32 +33,38 @@ def scores_of(
     iwae: int = 0,
     watched: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
 ) -> Scores | None:
-    """The scores of a split's images, of which each rank takes its own; on the first of them.
+    """Scores a split's images; each rank takes its share.
 
     Args:
-        group: who scores.
+        group: the ranks.
         model: on its device.
         reader: of the split.
         settings: batch size and seed.
         passes: see `vdvae.evaluate.score`.
-        iwae: see there.
-        watched: stands between the reader and the model, batch by batch, on every rank.
+        iwae: see `vdvae.evaluate.score`.
+        watched: wraps the iterator of this rank's batches, on every rank.
+
+    Returns:
+        The scores of all images on rank 0, None on the others.
+
+    Raises:
+        UserError: as `vdvae.evaluate.evaluate`.
     """
     from vdvae.evaluate import checked, evaluate, interleaved
 
     batches = watched(reader.scan(settings.batch_size, group.rank, group.size))
-    mine = len(range(group.rank, reader.images, group.size))
-    found = None  # of a rank beyond the number of images; an empty split is the first one's to say
-    if mine or group.first:
-        found = evaluate(model, batches, settings.seed, mine, passes=passes, iwae=iwae)
+    images = len(range(group.rank, reader.images, group.size))
+    scores = None  # stays so on ranks without an image
+    if images or group.is_main:  # rank 0 reports an empty split
+        scores = evaluate(model, batches, settings.seed, images, passes=passes, iwae=iwae)
     else:
-        next(batches, None)  # ends at once, for whoever watches
-    parts = [part for part in group.gather(found) if part is not None]
+        next(batches, None)  # ends at once, but `watched` runs on every rank
+    parts = [part for part in group.gather(scores) if part is not None]
     return checked(interleaved(parts), reader.images) if parts else None
 
 
 def tell(split: str, scores: Scores, likelihood: str) -> None:
-    """Prints the figures of a split in one line, and what its likelihood does not compare with."""
+    """Prints the figures of a split in one line, with the caveat of its likelihood."""
     figures = scores.summary()
     text = (
         f"{split}: {figures['bits_per_dim']:.4f} ± {figures['bits_per_dim_se']:.4f} bits/dim "

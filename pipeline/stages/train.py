@@ -32,7 +32,7 @@ from pipeline.storage import open_store
 from pipeline.system import machine
 from pipeline.system.events import tell
 from pipeline.system.exits import CANCELLED
-from pipeline.system.process import StopRequest, alone
+from pipeline.system.process import StopRequest, exclusive_lock
 from pipeline.tracking import BufferedRun
 from vdvae.files import atomic_write, sha256_of
 
@@ -45,12 +45,6 @@ if TYPE_CHECKING:
     from vdvae.model import VDVAE
     from vdvae.training import Progress
 
-# Whatever else of `train` determines the weights may not change between stop and go on.
-_MAY_CHANGE = (
-    *("steps", "device", "max_skipped_in_a_row"),
-    *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
-    *("compile", "channels_last", "accumulation", "recompute_from"),  # these move the rounding
-)
 _SAMPLES, _LADDERS = 8, 4  # most columns and rows in pictures of training
 
 
@@ -62,33 +56,36 @@ def train(name: str) -> None:
     from vdvae.distributed import ranks
     from vdvae.training import check_machine, device_of
 
-    device = device_of(recipe.train)  # before any data are read: a wrong machine is told at once
+    device = device_of(recipe.train)  # before any data are read: a wrong machine fails at once
     check_machine(recipe.train, device)
     places = Places.from_env()
     manifest = check_manifest(recipe, Manifest.load(places.manifest(name)))
     folder = places.runs / f"{name}-{run_digest(recipe, manifest)}"
     lock = folder.with_suffix(".lock")
-    # In a grid several experiments may share a training; only a person is told to wait.
-    patience = None if project_root() == Path.cwd() else math.inf
-    with ranks(device) as group, alone(lock, patience) if group.first else nullcontext():
-        if group.first and _recorded_by_dvc(recipe, folder):
-            # Finished and taken over: `dvc repro -f` starts afresh. Renamed first, so that a kill
-            # leaves all of it or nothing.
+    # Experiments of a grid may share a training, so there this waits for as long as it takes.
+    wait_seconds = None if project_root() == Path.cwd() else math.inf
+    with (
+        ranks(device) as group,
+        exclusive_lock(lock, wait_seconds) if group.is_main else nullcontext(),
+    ):
+        if group.is_main and _recorded_by_dvc(recipe, folder):
+            # `dvc repro -f` of a finished training starts afresh. The folder is renamed first, so
+            # that after a kill it is there completely or not at all.
             finished = folder.with_suffix(".finished")
             shutil.rmtree(finished, ignore_errors=True)
             folder.rename(finished)
             shutil.rmtree(finished)
-        group.wait()  # until the folder is as it is to be
-        part = _Part(recipe, places, manifest, folder, group, stop)
-        if group.first:
-            _lead(part, str(device))
+        group.barrier()  # the other ranks read the folder after that
+        trainer = _RankTrainer(recipe, places, manifest, folder, group, stop)
+        if group.is_main:
+            _train_main_rank(trainer, str(device))
         else:
-            _follow(part)
+            trainer.train(lambda progress: trainer.goes_on())
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What every rank of a run knows and does."""
+class _RankTrainer:
+    """The training of a recipe as every rank runs it."""
 
     recipe: Recipe
     places: Places
@@ -103,9 +100,13 @@ class _Part:
     def train(
         self,
         on_progress: Callable[[Progress], bool],
-        look: Callable[[int, VDVAE], None] | None = None,
+        on_log: Callable[[int, VDVAE], None] | None = None,
     ) -> VDVAE:
-        """Trains this rank's part; where a signal asks for it, ends after a checkpoint."""
+        """Trains this rank's share; see `vdvae.training.train`.
+
+        Raises:
+            SystemExit: with 143, if a signal ended it after a checkpoint.
+        """
         from vdvae.precision import exact_float32
         from vdvae.training import train
 
@@ -120,7 +121,7 @@ class _Part:
         def validate(model: VDVAE) -> float:
             watched = partial(self.until_stopped, validation.images)
             scores = scores_of(group, model, validation, recipe.evaluate, watched=watched)
-            return group.shared(scores.summary()["bits_per_dim"] if scores else 0.0)
+            return group.broadcast(scores.summary()["bits_per_dim"] if scores else 0.0)
 
         model = train(
             recipe.model,
@@ -129,71 +130,74 @@ class _Part:
             self.folder / "checkpoints",
             on_progress,
             validate,
-            look,
+            on_log,
             group,
         )
         if model is None:
-            if group.first:
+            if group.is_main:
                 print("stopped after a checkpoint; run the same command again to go on", flush=True)
-            raise SystemExit(CANCELLED)  # which the run takes for KILLED
+            raise SystemExit(CANCELLED)  # marks the MLflow run KILLED
         return model
 
     def until_stopped(self, images: int, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """This rank's batches of so many images, until any rank is asked to stop.
+        """This rank's batches of a split, until any rank is asked to stop.
+
+        Args:
+            images: of the split, over all ranks.
+            batches: of this rank.
 
         Raises:
-            Stopped: then, on every rank.
+            Stopped: any rank is asked to stop; on every rank.
         """
         from vdvae.training import Stopped
 
-        # The same number of questions on every rank, with a batch or without.
+        # The same number of exchanges on every rank, with a batch or without.
         for _ in range(math.ceil(images / (self.group.size * self.recipe.evaluate.batch_size))):
-            if not self.group.all_agree(not self.stop.asked):
+            if not self.group.all_true(not self.stop.asked):
                 raise Stopped
             batch = next(batches, None)
             if batch is not None:
                 yield batch
-        yield from batches  # none: a reader counts as we do
+        yield from batches  # lets the reader end; there are no more batches
 
     def goes_on(self) -> bool:
-        """Whether no signal asked this rank to stop; from the first call on they wait for this."""
+        """Whether no signal has asked this rank to stop.
+
+        From the first call on, signals wait for this question instead of ending the process.
+        """
         self.stop.begun = True
         return not self.stop.asked
 
     def check_stop(self) -> None:
-        """Raises Stopped where a signal has asked for it."""
+        """Raises Stopped if a signal has asked this rank to stop."""
         from vdvae.training import Stopped
 
         if self.stop.asked:
             raise Stopped
 
 
-def _follow(part: _Part) -> None:
-    part.train(lambda progress: part.goes_on())
-
-
-def _lead(part: _Part, device: str) -> None:
-    """Trains, tells the world of it, and writes what the stage makes."""
+def _train_main_rank(trainer: _RankTrainer, device: str) -> None:
+    """Trains, logs progress to MLflow and the terminal, and writes the stage's outputs."""
     from pipeline import tracking
     from vdvae.checkpoint import save
 
-    recipe, places, folder = part.recipe, part.places, part.folder
+    recipe, places, folder = trainer.recipe, trainer.places, trainer.folder
     fresh = not (folder / "checkpoints").exists()
     opened = tracking.open_run(
         recipe.name,
         places,
         folder / "run.json",
         params=recipe.flat(),
-        tags={"device": device, "ranks": str(part.group.size), **machine.facts(device)},
-        manifest=part.manifest,
+        tags={"device": device, "ranks": str(trainer.group.size), **machine.facts(device)},
+        manifest=trainer.manifest,
         fresh=fresh,
     )
-    usage = machine.Usage(device, opened.last_values(), part.group.size)
+    usage = machine.Usage(device, opened.last_values(), trainer.group.size)
     every = picture_interval(recipe.train.steps, recipe.train.log_every)
     history: list[Point] = []
-    told = 0  # points of it
+    logged = 0  # points of it
 
-    def look(step: int, model: VDVAE) -> None:
+    def on_log(step: int, model: VDVAE) -> None:
         if step % every == 0 or step == recipe.train.steps:
             draw_progress(
                 model,
@@ -202,14 +206,14 @@ def _lead(part: _Part, device: str) -> None:
                 step,
                 columns=min(recipe.sample.n, _SAMPLES),
                 seed=recipe.train.seed,
-                between=part.check_stop,
+                between=trainer.check_stop,
             )
 
     def on_progress(progress: Progress) -> bool:
-        nonlocal history, told
+        nonlocal history, logged
         history = progress.history
-        points = [tracking.curve_point(point) for point in history[told:]]  # after a kill, all
-        told = len(history)
+        points = [tracking.curve_point(point) for point in history[logged:]]  # resumed: all
+        logged = len(history)
         if progress.point is not None:
             points[-1] |= usage.sample()
         run.log_points(points)
@@ -220,20 +224,22 @@ def _lead(part: _Part, device: str) -> None:
         if progress.saved:
             run.sync()
         if progress.point is not None:
-            _tell(progress, progress.point, recipe.train.batch_size)
-        return part.goes_on()
+            _report(progress, progress.point, recipe.train.batch_size)
+        return trainer.goes_on()
 
     with BufferedRun(opened, places.runs) as run:
         count = min(recipe.sample.reconstructions, _LADDERS)
-        _, originals = next(part.reader("validation").scan(count))
+        _, originals = next(trainer.reader("validation").scan(count))
         if fresh:
-            first = next(part.reader("train").batches(recipe.train.batch_size, recipe.train.seed))
+            first = next(
+                trainer.reader("train").batches(recipe.train.batch_size, recipe.train.seed)
+            )
             save_grid(run.files / "pictures" / "data.png", shown(first[: recipe.sample.n]))
         for sheet in sorted(places.results(recipe.name).glob("contact_*.png")):
             run.log_artifact(sheet, "pictures")
-        # Of a training that goes on to more steps: it counts as finished no longer.
+        # A finished training that goes on to more steps is no longer finished.
         (folder / "curves.csv").unlink(missing_ok=True)
-        model = part.train(on_progress, look)
+        model = trainer.train(on_progress, on_log)
         results = places.results(recipe.name)
         curves = _curves_csv(history)
         atomic_write(folder / "curves.csv", curves)
@@ -244,14 +250,16 @@ def _lead(part: _Part, device: str) -> None:
 
 
 def run_digest(recipe: Recipe, manifest: Manifest) -> str:
-    """What the weights depend on, in 12 hex digits: settings, data and the code that computes.
+    """A digest of what determines the weights: settings, data and code.
 
-    The code is what dvc.yaml lists, so that what DVC takes for new is new here, too.
+    The code is what dvc.yaml lists, so DVC and this digest agree on what has changed.
+
+    Returns:
+        12 hex digits.
     """
-    train = {k: v for k, v in recipe.train.to_dict().items() if k not in _MAY_CHANGE}
     facts = {
-        "model": recipe.model.to_dict(),
-        "train": train,
+        "model": recipe.model.fixed(),
+        "train": recipe.train.fixed(),
         "validation_seed": recipe.evaluate.seed,
         "manifest": manifest.digest,
         "code": {path: sha256_of(Path(path)) for path in code_of("train")},
@@ -260,10 +268,10 @@ def run_digest(recipe: Recipe, manifest: Manifest) -> str:
 
 
 def _recorded_by_dvc(recipe: Recipe, folder: Path) -> bool:
-    """Whether dvc.lock holds this very run's curves: then DVC has taken over what it made.
+    """Whether dvc.lock lists this run's curves.csv: then DVC has its outputs.
 
-    A stage that was killed between its end and DVC's record gives its outputs once more instead,
-    and one that is to train for more steps than it did goes on.
+    If not, the stage was killed before DVC recorded it, and writes its outputs again. A recipe with
+    more steps than the recorded ones goes on training.
     """
     curves, lock = folder / "curves.csv", Path("dvc.lock")
     if not curves.exists() or not lock.exists():
@@ -286,8 +294,8 @@ def _curves_csv(history: list[Point]) -> str:
     return text.getvalue()
 
 
-def _tell(progress: Progress, point: Point, batch_size: int) -> None:
-    """Tells where the run stands: an event, or one line an interval, or a bar on a terminal."""
+def _report(progress: Progress, point: Point, batch_size: int) -> None:
+    """Reports progress: an event, or one line per interval, or a bar on a terminal."""
     left = progress.steps - progress.step
     seconds = round(left * batch_size / max(point["images_per_second"], 1e-9))
     text = (

@@ -105,19 +105,19 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def alone(
-    lock: Path, patience_seconds: float | None = None, doing: str = "training this"
+def exclusive_lock(
+    lock: Path, wait_seconds: float | None = None, doing: str = "training this"
 ) -> Iterator[None]:
-    """Holds a file lock; waits while a run that was cut off writes its last checkpoint.
+    """Holds a file lock while the block runs.
 
     Args:
-        lock: the file; whoever holds it has its number in there.
-        patience_seconds: how long to wait, which is told; by default the time of grace that the
-            other has, and some.
-        doing: what the lock is held for.
+        lock: the file; it holds the process number of its holder.
+        wait_seconds: how long to wait for another holder, with a message; by default a bit longer
+            than that has after SIGTERM to write its last checkpoint.
+        doing: what the lock is held for, for messages.
 
     Raises:
-        UserError: where another process still holds it after that, or its folder cannot be made.
+        UserError: another process still holds it after that, or its folder cannot be made.
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -125,11 +125,11 @@ def alone(
         raise UserError(
             f"{lock.parent}: cannot be made ({error.strerror}); set VDVAE_RUNS to another folder"
         ) from None
-    if patience_seconds is None:
-        patience_seconds = grace_seconds() + 20
+    if wait_seconds is None:
+        wait_seconds = grace_seconds() + 20
     with open_lock(lock) as file:
-        deadline = time.monotonic() + patience_seconds
-        told = False
+        deadline = time.monotonic() + wait_seconds
+        announced = False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,9 +137,9 @@ def alone(
             except BlockingIOError:
                 file.seek(0)
                 holder = f"process {file.read().strip() or 'unknown'} is {doing}"
-                if not told:
+                if not announced:
                     print(f"{holder}; waiting for it ({lock})", flush=True)
-                    told = True
+                    announced = True
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"{lock}: {holder}; wait for it, or stop it with 'kill' and run the same "
