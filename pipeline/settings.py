@@ -1,14 +1,15 @@
 """What the environment may set: each variable's name, default, bounds and meaning, once.
 
 `Settings()` reads the environment as it is at the call: flows and tests change it as they go.
-`vdvae settings` prints what is in effect; docs/ takes its table from there. Variables by which our
+`vdvae settings` prints what is in effect; docs/settings.md takes its table from there, so meanings
+may hold Markdown's backticks. Variables by which our
 processes speak to each other stand where they are used.
 """
 
 from __future__ import annotations
 
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, JsonValue, ValidationError
 from pydantic.fields import FieldInfo
@@ -34,7 +35,7 @@ def _setting(
 
 
 def _port(default: int, whose: str) -> Any:
-    return _setting(default, f"port of {whose}; a busy one is named at once", ge=1, le=65535)
+    return _setting(default, f"port of {whose}", ge=1, le=65535)
 
 
 class Settings(BaseSettings):
@@ -50,56 +51,55 @@ class Settings(BaseSettings):
 
     store: str = _setting(
         "",
-        "where shards lie: file:///absolute/path or s3://bucket/prefix",
+        "where shards are stored: `file:///absolute/path` or `s3://bucket/prefix`",
         unset="file://<project>/store",
     )
     runs: str = _setting(
-        "runs", "folder of the states of training and sharding, and locks", unset="<project>/runs"
-    )
-    tracking_uri: str = _setting(
-        "sqlite:///mlruns/mlflow.db",
-        "MLflow's runs and registry: a database file or a server's address",
-        unset="sqlite:///<project>/mlruns/mlflow.db",
-        validation_alias="MLFLOW_TRACKING_URI",
+        "runs",
+        "checkpoints and progress of training and sharding, and their locks",
+        unset="<project>/runs",
     )
     cache: str = _setting(
         "cache",
-        "folder of decoded shards, made again where missing; a local disk, for any number of "
-        "processes",
+        "decoded shards, rebuilt where missing; a local disk, shared by any number of processes",
         unset="<project>/cache",
+    )
+    tracking_uri: str = _setting(
+        "sqlite:///mlruns/mlflow.db",
+        "MLflow's runs and registry: a database file, or the address of a server",
+        unset="sqlite:///<project>/mlruns/mlflow.db",
+        validation_alias="MLFLOW_TRACKING_URI",
     )
     cache_gib: float = _setting(
         50.0,
-        "most GiB of it; less than a recipe's pixels: decodes again every epoch; 0: keeps nothing",
+        "size limit of the cache in GiB; less than a recipe's pixels: decodes again every epoch; "
+        "0: no cache",
         unset="50",
         ge=0,
         le=2**20,
         allow_inf_nan=False,
     )
     read_workers: int = _setting(
-        1,
-        "processes a rank that decode shards which the cache lacks; 0: none but the rank itself",
-        ge=0,
-        le=256,
+        1, "processes per rank that decode shards missing from the cache; 0: none", ge=0, le=256
     )
     shard_workers: int | None = _setting(
-        None, "processes that make shards", unset="one a core", ge=1, le=1024
+        None, "processes that make shards", unset="one per core", ge=1, le=1024
     )
     dask: str = _setting(
         "",
-        "tcp://HOST:8786, a Dask scheduler whose workers make shards instead",
+        "`tcp://HOST:8786`: a Dask scheduler whose workers make the shards instead",
         unset="none",
     )
     ranks: int | None = _setting(
         None,
-        "processes that train or evaluate one model on this machine",
-        unset="one a visible GPU that the batch parts into",
+        "processes that train and evaluate one model, on a CPU too",
+        unset="one per visible GPU that the batch parts into",
         ge=1,
         le=64,
     )
     grace_seconds: float = _setting(
         120.0,  # imagenet64's checkpoint, 2.5 GB, at 25 MB/s; an early end is not waited for
-        "from SIGTERM to SIGKILL, in which a stage writes its checkpoint",
+        "seconds from SIGTERM to SIGKILL, for writing a checkpoint",
         unset="120",
         ge=0,
         le=86_400,
@@ -107,23 +107,30 @@ class Settings(BaseSettings):
     )
     tracking_seconds: float = _setting(
         10.0,
-        "between two deliveries to MLflow, and between two tries",
+        "seconds between two deliveries to MLflow, and between two attempts",
         unset="10",
         ge=0.01,
         le=3600,
         allow_inf_nan=False,
     )
-    prefect_port: int = _port(4200, "Prefect's server and pages")
-    mlflow_port: int = _port(5000, "MLflow's server and pages, on 127.0.0.1")
-    s3_port: int = _port(8333, "the local S3 server, on 127.0.0.1")
+    serve_token: str = _setting(
+        "",
+        "bearer token that `vdvae models serve` asks for, 16 or more printable ASCII characters; "
+        "required for any host but loopback",
+        unset="none",
+        secret=True,
+    )
+    prefect_port: int = _port(4200, "Prefect; a port in use is reported before anything starts")
+    mlflow_port: int = _port(5000, "MLflow")
+    s3_port: int = _port(8333, "the local S3 server")
     host: IPv4Address | IPv6Address = _setting(
         IPv4Address("127.0.0.1"),
-        "where Prefect listens; anything but loopback wants VDVAE_AUTH",
+        "address that Prefect listens on; anything but loopback requires `VDVAE_AUTH`",
         kind="an IP address",
     )
     auth: str = _setting(
         "",
-        "user:password that Prefect's API and pages ask for",
+        "`user:password` that Prefect's API and pages ask for",
         unset="none",
         kind="of the form user:password",
         secret=True,
@@ -131,31 +138,28 @@ class Settings(BaseSettings):
     )
     s3: bool = _setting(
         False,
-        "1: services include a local S3 server, whose credentials are made in services/s3.env",
+        "1: a local S3 server; its credentials are created in `services/s3.env` (mode 0600)",
         unset="0",
         kind="0 or 1",
     )
     runs_at_once: int | None = _setting(
         None,
-        "flow runs at once; others wait",
-        unset="the number of GPUs, at least 1",
+        "flow runs at the same time; the others wait",
+        unset="number of GPUs, at least 1",
         ge=1,
         le=1000,
     )
     data_roots: str = _setting(
         "",
-        "where a form's data may lie: folders and s3://bucket/prefix, with commas between; / is "
-        "every folder, s3:// every bucket that the credentials reach",
-        unset="<project>/data/raw; /,s3:// for vdvae run",
+        "below which a form's `data` must be: folders and `s3://bucket/prefix`, separated by "
+        "commas; `/` is every folder, `s3://` every bucket that the credentials reach, and both "
+        "the default of `vdvae run`",
+        unset="<project>/data/raw",
     )
-    origin: str = _setting("", "what flow runs clone and give their results to", unset="<project>")
-    dvc_cache: str = _setting("", "DVC's cache that flow runs share", unset="the project's")
-    serve_token: str = _setting(
-        "",
-        "what requests to vdvae models serve must bring; 16 or more printable ASCII characters",
-        unset="none",
-        secret=True,
+    origin: str = _setting(
+        "", "git repository that flow runs clone and push to", unset="the project"
     )
+    dvc_cache: str = _setting("", "DVC cache that flow runs share", unset="the project's DVC cache")
 
     def __init__(self) -> None:
         try:
@@ -169,8 +173,8 @@ def variable(name: str) -> str:
     return str(Settings.model_fields[name].validation_alias or f"{_PREFIX}{name.upper()}")
 
 
-def word(field: FieldInfo, key: str) -> Any:
-    """What else was said of a setting: unset, kind or secret."""
+def word(field: FieldInfo, key: Literal["unset", "kind", "secret"]) -> Any:
+    """What else was said of a setting."""
     assert isinstance(field.json_schema_extra, dict)
     return field.json_schema_extra[key]
 

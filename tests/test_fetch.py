@@ -167,7 +167,7 @@ def test_two_at_once_do_not_mix(mirror: str) -> None:
 
 
 def test_files_go_where_their_recipes_look() -> None:
-    recipes = yaml.safe_load((Path(fetch.__file__).parents[1] / "params.yaml").read_text())
+    recipes = yaml.safe_load((Path(fetch.__file__).parents[2] / "params.yaml").read_text())
     for name, raws in DATA.items():
         path = Path(recipes["recipes"][name]["data"]["path"])
         for raw in raws:

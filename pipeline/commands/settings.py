@@ -53,7 +53,7 @@ def in_effect() -> Iterator[dict[str, str | bool]]:
             "name": variable(name),
             "value": re.sub("(?<=//)[^/]*@", "****@", text),  # of an address
             "default": word(field, "unset"),
-            "meaning": field.description or "",
+            "meaning": (field.description or "").replace("`", ""),
             "set": given,
         }
 
@@ -64,7 +64,11 @@ def markdown() -> list[str]:
         "| variable | default | meaning |",
         "|---|---|---|",
         *(
-            f"| `{variable(name)}` | {word(field, 'unset')} | {field.description} |"
+            f"| `{variable(name)}` | {_code(word(field, 'unset'))} | {field.description} |"
             for name, field in Settings.model_fields.items()
         ),
     ]
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if "<project>" in text else text  # which Markdown takes for HTML

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.shards import ShardReader
+from pipeline.system.progress import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +48,8 @@ def scores_of(
     from vdvae.evaluate import checked, evaluate, interleaved
 
     batches = watched(reader.scan(settings.batch_size, group.rank, group.size))
+    if watched is iter and not group.rank:  # not within training, which has a bar
+        batches = counted(batches, f"scoring {reader.split}", reader.images, group.size)
     mine = len(range(group.rank, reader.images, group.size))
     found = None  # of a rank beyond the number of images; an empty split is the first one's to say
     if mine or group.first:
