@@ -21,21 +21,15 @@ _PREFIX = "VDVAE_"
 
 
 def _setting(
-    default: Any,
-    meaning: str,
-    *,
-    unset: str = "",
-    kind: str = "",
-    secret: bool = False,
-    **more: Any,
+    default: Any, unset: str, meaning: str, kind: str = "", secret: bool = False, **more: Any
 ) -> Any:
     """A variable: `unset` is the default in words, `kind` what a value must be, for messages."""
-    words: dict[str, JsonValue] = {"unset": unset or f"{default}", "kind": kind, "secret": secret}
+    words: dict[str, JsonValue] = {"unset": unset, "kind": kind, "secret": secret}
     return Field(default, description=meaning, json_schema_extra=words, **more)
 
 
-def _port(default: int, whose: str) -> Any:
-    return _setting(default, f"port of {whose}", ge=1, le=65535)
+def _number(default: float | None, least: float, most: float, meaning: str, unset: str = "") -> Any:
+    return _setting(default, unset or f"{default:g}", meaning, ge=least, le=most)
 
 
 class Settings(BaseSettings):
@@ -46,120 +40,101 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix=_PREFIX, env_ignore_empty=True, extra="ignore", frozen=True
+        env_prefix=_PREFIX, env_ignore_empty=True, extra="ignore", frozen=True, allow_inf_nan=False
     )
 
     store: str = _setting(
         "",
+        "file://<project>/store",
         "where shards are stored: `file:///absolute/path` or `s3://bucket/prefix`",
-        unset="file://<project>/store",
     )
     runs: str = _setting(
         "runs",
+        "<project>/runs",
         "checkpoints and progress of training and sharding, and their locks",
-        unset="<project>/runs",
     )
     cache: str = _setting(
         "cache",
+        "<project>/cache",
         "decoded shards, rebuilt where missing; a local disk, shared by any number of processes",
-        unset="<project>/cache",
     )
     tracking_uri: str = _setting(
         "sqlite:///mlruns/mlflow.db",
+        "sqlite:///<project>/mlruns/mlflow.db",
         "MLflow's runs and registry: a database file, or the address of a server",
-        unset="sqlite:///<project>/mlruns/mlflow.db",
         validation_alias="MLFLOW_TRACKING_URI",
     )
-    cache_gib: float = _setting(
+    cache_gib: float = _number(
         50.0,
-        "size limit of the cache in GiB; less than a recipe's pixels: decodes again every epoch; "
-        "0: no cache",
-        unset="50",
-        ge=0,
-        le=2**20,
-        allow_inf_nan=False,
+        0,
+        2**20,
+        "GiB that the cache may have; less than a recipe's pixels: decodes again "
+        "every epoch; 0: no cache",
     )
-    read_workers: int = _setting(
-        1, "processes per rank that decode shards missing from the cache; 0: none", ge=0, le=256
+    read_workers: int = _number(
+        1, 0, 256, "processes per rank that decode shards missing from the cache; 0: none"
     )
-    shard_workers: int | None = _setting(
-        None, "processes that make shards", unset="one per core", ge=1, le=1024
-    )
+    shard_workers: int | None = _number(None, 1, 1024, "processes that make shards", "one per core")
     dask: str = _setting(
-        "",
-        "`tcp://HOST:8786`: a Dask scheduler whose workers make the shards instead",
-        unset="none",
+        "", "none", "`tcp://HOST:8786`: a Dask scheduler whose workers make the shards instead"
     )
-    ranks: int | None = _setting(
+    ranks: int | None = _number(
         None,
+        1,
+        64,
         "processes that train and evaluate one model, on a CPU too",
-        unset="one per visible GPU that the batch parts into",
-        ge=1,
-        le=64,
+        "one per visible GPU that the batch parts into",
     )
-    grace_seconds: float = _setting(
-        120.0,  # imagenet64's checkpoint, 2.5 GB, at 25 MB/s; an early end is not waited for
-        "seconds from SIGTERM to SIGKILL, for writing a checkpoint",
-        unset="120",
-        ge=0,
-        le=86_400,
-        allow_inf_nan=False,
+    grace_seconds: float = _number(  # 120 write imagenet64's 2.5 GB at 25 MB/s
+        120.0, 0, 86_400, "seconds from SIGTERM to SIGKILL, for writing a checkpoint"
     )
-    tracking_seconds: float = _setting(
-        10.0,
-        "seconds between two deliveries to MLflow, and between two attempts",
-        unset="10",
-        ge=0.01,
-        le=3600,
-        allow_inf_nan=False,
+    tracking_seconds: float = _number(
+        10.0, 0.01, 3600, "seconds between two deliveries to MLflow, and between two attempts"
     )
     serve_token: str = _setting(
         "",
+        "none",
         "bearer token that `vdvae models serve` asks for, 16 or more printable ASCII characters; "
         "required for any host but loopback",
-        unset="none",
         secret=True,
     )
-    prefect_port: int = _port(4200, "Prefect; a port in use is reported before anything starts")
-    mlflow_port: int = _port(5000, "MLflow")
-    s3_port: int = _port(8333, "the local S3 server")
+    prefect_port: int = _number(
+        4200, 1, 65535, "port of Prefect; a port in use is reported before anything starts"
+    )
+    mlflow_port: int = _number(5000, 1, 65535, "port of MLflow")
+    s3_port: int = _number(8333, 1, 65535, "port of the local S3 server")
     host: IPv4Address | IPv6Address = _setting(
         IPv4Address("127.0.0.1"),
+        "127.0.0.1",
         "address that Prefect listens on; anything but loopback requires `VDVAE_AUTH`",
         kind="an IP address",
     )
     auth: str = _setting(
         "",
+        "none",
         "`user:password` that Prefect's API and pages ask for",
-        unset="none",
         kind="of the form user:password",
         secret=True,
         pattern=r"^([^:]+:[\s\S]+)?$",
     )
     s3: bool = _setting(
         False,
+        "0",
         "1: a local S3 server; its credentials are created in `services/s3.env` (mode 0600)",
-        unset="0",
         kind="0 or 1",
     )
-    runs_at_once: int | None = _setting(
-        None,
-        "flow runs at the same time; the others wait",
-        unset="number of GPUs, at least 1",
-        ge=1,
-        le=1000,
+    runs_at_once: int | None = _number(
+        None, 1, 1000, "flow runs at the same time; the others wait", "number of GPUs, at least 1"
     )
     data_roots: str = _setting(
         "",
+        "<project>/data/raw",
         "below which a form's `data` must be: folders and `s3://bucket/prefix`, separated by "
         "commas; `/` is every folder, `s3://` every bucket that the credentials reach, and both "
         "the default of `vdvae run`",
-        unset="<project>/data/raw",
     )
-    origin: str = _setting(
-        "", "git repository that flow runs clone and push to", unset="the project"
-    )
-    dvc_cache: str = _setting("", "DVC cache that flow runs share", unset="the project's DVC cache")
+    origin: str = _setting("", "the project", "git repository that flow runs clone and push to")
+    dvc_cache: str = _setting("", "the project's DVC cache", "DVC cache that flow runs share")
 
     def __init__(self) -> None:
         try:
@@ -185,12 +160,12 @@ def _refusal(error: ValidationError) -> UserError:
     name = next(name for name in Settings.model_fields if key in (name, variable(name)))
     field = Settings.model_fields[name]
     value = "" if word(field, "secret") else f"{shown(first['input'])} "
-    kind, unset = word(field, "kind") or _number(field), word(field, "unset")
+    kind, unset = word(field, "kind") or _bounds(field), word(field, "unset")
     remedy = f"set it to that, or unset it{'' if unset == 'none' else f' for {unset}'}"
     return UserError(f"{variable(name)}: {value}is not {kind}; {remedy}")
 
 
-def _number(field: FieldInfo) -> str:
+def _bounds(field: FieldInfo) -> str:
     (least,) = (bound.ge for bound in field.metadata if hasattr(bound, "ge"))
     (most,) = (bound.le for bound in field.metadata if hasattr(bound, "le"))
     return f"{'a' if field.annotation is float else 'a whole'} number from {least} to {most}"

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipeline.cli.models import models
-from pipeline.cli.words import Folder, Json, Recipe, given, group, with_overrides, word
+from pipeline.cli.words import Folder, Json, Recipe, given, group, option, with_overrides, word
 from vdvae import __version__
 from vdvae.files import path_of
 
@@ -54,9 +54,7 @@ def _run(recipe: Recipe, **overrides: Any) -> None:
 @word(app, "seeds", "vdvae seeds digits --seeds 0,1,2", "vdvae seeds digits --seeds 0,1 --steps 90")
 @with_overrides("seed", "evaluate")
 def _seeds(
-    recipe: Recipe,
-    seeds: Annotated[str, typer.Option(help="Two or more, as in 0,1,2.")],
-    **overrides: Any,
+    recipe: Recipe, seeds: Annotated[str, option("Two or more, as in 0,1,2.")], **overrides: Any
 ) -> None:
     """One run a seed; mean and spread over the seeds."""
     from pipeline.commands.seeds import parse_seeds, run_seeds
@@ -74,9 +72,7 @@ def _show(recipe: Recipe, as_json: Json = False) -> None:
 
 @word(app, "report", "vdvae report", "vdvae report --no-model")
 def _report(
-    no_model: Annotated[
-        bool, typer.Option("--no-model", help="Leave out what models draw: quicker.")
-    ] = False,
+    no_model: Annotated[bool, option("Leave out what models draw: quicker.", "--no-model")] = False,
 ) -> None:
     """One HTML page about all recipes with results."""
     from pipeline.params import Places
@@ -103,7 +99,7 @@ def _check() -> None:
 @word(app, "settings", "vdvae settings", "vdvae settings --json")
 def _settings(
     as_json: Json = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="As the table in docs/.")] = False,
+    markdown: Annotated[bool, option("As the table in docs/.", "--markdown")] = False,
 ) -> None:
     """What the environment sets: each variable's value in effect, default and meaning."""
     from pipeline.commands.settings import settings
@@ -114,10 +110,10 @@ def _settings(
 @word(app, "services", "vdvae services start", "vdvae services start --s3 --mlflow-port 5001")
 def _services(
     action: Annotated[Literal["start", "stop", "status"], typer.Argument()],
-    prefect_port: Annotated[int | None, typer.Option(help="Not $VDVAE_PREFECT_PORT.")] = None,
-    mlflow_port: Annotated[int | None, typer.Option(help="Not $VDVAE_MLFLOW_PORT.")] = None,
-    s3_port: Annotated[int | None, typer.Option(help="Not $VDVAE_S3_PORT.")] = None,
-    s3: Annotated[bool, typer.Option("--s3", help="With a local S3 server for the store.")] = False,
+    prefect_port: Annotated[int | None, option("Not $VDVAE_PREFECT_PORT.")] = None,
+    mlflow_port: Annotated[int | None, option("Not $VDVAE_MLFLOW_PORT.")] = None,
+    s3_port: Annotated[int | None, option("Not $VDVAE_S3_PORT.")] = None,
+    s3: Annotated[bool, option("With a local S3 server for the store.", "--s3")] = False,
 ) -> None:
     """Prefect, MLflow and a worker: start, stop, status."""
     from pipeline import services
@@ -130,7 +126,7 @@ def _services(
 def _describe(
     recipe: Recipe,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Images a step; by default the recipe's own.")
+        int | None, option("Images a step; by default the recipe's own.", min=1)
     ] = None,
 ) -> None:
     """A recipe's model before it is made: blocks, arithmetic, memory."""
@@ -142,9 +138,7 @@ def _describe(
 @word(app, "plan", "vdvae plan cifar10", "vdvae plan cifar10 --no-probe --json")
 def _plan(
     recipe: Recipe,
-    no_probe: Annotated[
-        bool, typer.Option("--no-probe", help="Leave out ten steps of training.")
-    ] = False,
+    no_probe: Annotated[bool, option("Leave out ten steps of training.", "--no-probe")] = False,
     as_json: Json = False,
 ) -> None:
     """What a recipe will cost here: arithmetic, memory, disk, hours, what reruns."""
@@ -162,24 +156,20 @@ def _plan(
 @word(recipe, "new", "vdvae recipe new mine --data ~/pictures --size 64")
 def _new(
     name: str,
-    data: Annotated[str, typer.Option(help="A folder, or s3://bucket/prefix, of images.")],
-    size: Annotated[int, typer.Option(help="Pixels a side, cropped to.")],
+    data: Annotated[str, option("A folder, or s3://bucket/prefix, of images.")],
+    size: Annotated[int, option("Pixels a side, cropped to.")],
     channels: Annotated[
-        int | None, typer.Option(min=1, max=3, help="1 or 3; by default what the images have.")
+        int | None, option("1 or 3; by default what the images have.", min=1, max=3)
     ] = None,
-    levels: Annotated[int, typer.Option(help="Grey levels.")] = 256,
+    levels: Annotated[int, option("Grey levels.")] = 256,
     memory: Annotated[
-        float | None, typer.Option(metavar="GIB", help="By default the GPU's, or the RAM.")
+        float | None, option("By default the GPU's, or the RAM.", metavar="GIB")
     ] = None,
-    batch: Annotated[
-        int | None, typer.Option(help="Images a step; by default what fits, to 32.")
-    ] = None,
+    batch: Annotated[int | None, option("Images a step; by default what fits, to 32.")] = None,
     unreadable: Annotated[
-        Literal["refuse", "skip"], typer.Option(help="Files that are no images.")
+        Literal["refuse", "skip"], option("Files that are no images.")
     ] = "refuse",
-    active: Annotated[
-        bool, typer.Option("--active", help="Let a bare 'dvc repro' rebuild it too.")
-    ] = False,
+    active: Annotated[bool, option("Let a bare 'dvc repro' rebuild it too.", "--active")] = False,
 ) -> None:
     """Append a recipe for images of your own."""
     from pipeline.commands.new_recipe import new_recipe
@@ -201,7 +191,7 @@ def _new(
 @word(app, "evaluate", "vdvae evaluate digits --precision fp32,bf16")
 def _evaluate(
     recipe: Recipe,
-    precision: Annotated[str, typer.Option(help="Some of fp32,tf32,bf16, separated by commas.")],
+    precision: Annotated[str, option("Some of fp32,tf32,bf16, separated by commas.")],
     split: Annotated[Literal["validation", "test"], typer.Option()] = "test",
 ) -> None:
     """What a lower precision does to a model's figures, image by image."""
@@ -219,10 +209,10 @@ def _evaluate(
 def _import(
     recipe: Recipe,
     file: Annotated[
-        Path | None, typer.Option(parser=path_of, metavar="FILE", help="Not fetched: it is here.")
+        Path | None, option("Not fetched: it is here.", parser=path_of, metavar="FILE")
     ] = None,
-    url: Annotated[str | None, typer.Option(help="Instead of the published address.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the four CIFAR-10 models: 0 to 3.")] = 0,
+    url: Annotated[str | None, option("Instead of the published address.")] = None,
+    seed: Annotated[int, option("Of the four CIFAR-10 models: 0 to 3.")] = 0,
 ) -> None:
     """Fetch or read one, measure it, register it with the alias 'published'."""
     from pipeline.commands.published import import_published
@@ -235,7 +225,7 @@ def _import(
 def _fetch(
     data: Literal["cifar10", "imagenet32", "imagenet64", "ffhq256"],
     mirror: Annotated[
-        str | None, typer.Option(help="Where files of the same names are, not the published one.")
+        str | None, option("Where files of the same names are, not the published one.")
     ] = None,
 ) -> None:
     """Bring a data set's raw files to where its recipe looks for them."""
@@ -255,9 +245,9 @@ def _du(as_json: Json = False) -> None:
 
 @word(app, "gc", "vdvae gc", "vdvae gc --older-than 168 --yes")
 def _gc(
-    yes: Annotated[bool, typer.Option("--yes", help="Remove it.")] = False,
+    yes: Annotated[bool, option("Remove it.", "--yes")] = False,
     older_than: Annotated[
-        int, typer.Option(metavar="HOURS", min=0, max=999_999, help="Spare the younger.")
+        int, option("Spare the younger.", metavar="HOURS", min=0, max=999_999)
     ] = 24,
 ) -> None:
     """List what nothing needs; --yes removes it."""

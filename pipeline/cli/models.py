@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.words import Folder, Json, group, output, word
+from pipeline.cli.words import Folder, Json, group, option, output, word
 from vdvae.files import path_of
 
 models = group("Registered models: list, show, use, move aliases.")
@@ -20,7 +20,7 @@ Reference = Annotated[
 ]
 Picture = Annotated[Path, output("The PNG to write.")]
 Image = Annotated[Path, typer.Argument(parser=path_of, metavar="IMAGE")]
-Seed = Annotated[int, typer.Option(help="Of all draws.")]
+Seed = Annotated[int, option("Of all draws.")]
 
 
 @word(models, "list", "vdvae models list", "vdvae models list --json")
@@ -35,7 +35,7 @@ def _list(as_json: Json = False) -> None:
 def _show(
     reference: Reference,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Hash the real bytes; exit code 1 where any differ.")
+        bool, option("Hash the real bytes; exit code 1 where any differ.", "--verify")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -49,8 +49,8 @@ def _show(
 def _sample(
     reference: Reference,
     output: Picture,
-    n: Annotated[int, typer.Option(help="How many.")] = 16,
-    temperature: Annotated[float, typer.Option(help="Of the prior, 0 to 2.")] = 1.0,
+    n: Annotated[int, option("How many.")] = 16,
+    temperature: Annotated[float, option("Of the prior, 0 to 2.")] = 1.0,
     seed: Seed = 0,
 ) -> None:
     """Draw images."""
@@ -90,7 +90,7 @@ def _reconstruct(
     reference: Reference,
     folder: Folder,
     output: Picture,
-    n: Annotated[int, typer.Option(help="First images of it.")] = 8,
+    n: Annotated[int, option("First images of it.")] = 8,
     seed: Seed = 0,
 ) -> None:
     """Images from their latents up to each resolution."""
@@ -108,7 +108,7 @@ def _interpolate(
     first: Image,
     last: Image,
     output: Picture,
-    steps: Annotated[int, typer.Option(help="Images, both ends too.")] = 8,
+    steps: Annotated[int, option("Images, both ends too.")] = 8,
     seed: Seed = 0,
 ) -> None:
     """Images on the way from one to another."""
@@ -136,7 +136,7 @@ def _export(reference: Reference, folder: Folder) -> None:
 )
 def _serve(
     reference: Reference,
-    host: Annotated[str, typer.Option(help="An IP address.")] = "127.0.0.1",
+    host: Annotated[str, option("An IP address.")] = "127.0.0.1",
     port: int = 5001,
     token_env: Annotated[
         str | None,

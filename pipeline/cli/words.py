@@ -15,8 +15,14 @@ from vdvae.files import path_of, shown_path, target_of
 
 F = TypeVar("F", bound=Callable[..., None])
 
+
+def option(text: str, *names: str, **more: Any) -> Any:
+    """An option with its help; a flag where a name is given for it."""
+    return typer.Option(*names, help=text, **more)
+
+
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Its name in params.yaml.")]
-Json = Annotated[bool, typer.Option("--json", help="As JSON, for a script.")]
+Json = Annotated[bool, option("As JSON, for a script.", "--json")]
 Folder = Annotated[Path, typer.Argument(parser=path_of, metavar="FOLDER")]
 
 
@@ -34,9 +40,8 @@ def _writable(context: typer.Context, path: Path | None) -> Path | None:
 
 def output(what: str) -> Any:
     """The option that names the file to write."""
-    return typer.Option(
-        "-o", "--output", parser=path_of, callback=_writable, metavar="FILE", help=what
-    )
+    more = {"parser": path_of, "callback": _writable, "metavar": "FILE"}
+    return option(what, "-o", "--output", **more)
 
 
 def group(text: str, **more: Any) -> typer.Typer:
