@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -231,25 +230,6 @@ def write_document(document: Any, path: Path) -> None:
         round_trip().dump(document, file)
 
 
-def env_number(name: str, default: float, least: float, most: float) -> float:
-    """A number from the environment.
-
-    Raises:
-        UserError: it is none, or out of bounds.
-    """
-    text = os.environ.get(name) or f"{default:g}"
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not least <= value <= most:
-        raise UserError(
-            f"{name}: {shown(text)} is not a number from {least:g} to {most:g}; set it to one, or "
-            f"unset it for {default:g}"
-        )
-    return value
-
-
 def project_root() -> Path:
     """The project that places belong to: the current folder.
 
@@ -273,9 +253,8 @@ def raw_path(path: str) -> Path:
     return origin
 
 
-def _tracking_uri(root: Path) -> str:
+def _tracking_uri(root: Path, given: str) -> str:
     """MLflow's address, with a database file of the project by its absolute path."""
-    given = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlruns/mlflow.db"
     scheme, separator, path = given.partition("sqlite:///")
     if scheme or not separator or path.startswith("/"):
         return given
@@ -300,20 +279,15 @@ class Places:
 
     @classmethod
     def from_env(cls) -> Places:
-        """Reads VDVAE_STORE, VDVAE_RUNS, VDVAE_CACHE and MLFLOW_TRACKING_URI.
+        """Those of `Settings`, absolute: defaults and relative paths are below `project_root()`."""
+        from pipeline.settings import Settings  # whose import decoding processes do without
 
-        Defaults and relative paths are below `project_root()`; what is returned is absolute.
-        """
-        root = project_root()
-
-        def place(name: str, default: str) -> Path:
-            return root / path_of(os.environ.get(name) or default)
-
+        settings, root = Settings(), project_root()
         return cls(
-            store_url=os.environ.get("VDVAE_STORE") or f"file://{root / 'store'}",
-            runs=place("VDVAE_RUNS", "runs"),
-            tracking_uri=_tracking_uri(root),
-            cache=place("VDVAE_CACHE", "cache"),
+            store_url=settings.store or f"file://{root / 'store'}",
+            runs=root / path_of(settings.runs),
+            tracking_uri=_tracking_uri(root, settings.tracking_uri),
+            cache=root / path_of(settings.cache),
         )
 
     def manifest(self, recipe: str) -> Path:

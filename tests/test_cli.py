@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 import vdvae
-from pipeline.cli.main import main
+from pipeline.cli import main
+from pipeline.cli.commands import app
+from pipeline.commands.output import print_table
+from pipeline.flows import run_recipe
+from pipeline.flows.overrides import Overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,6 +72,98 @@ def test_the_users_errors_are_one_sentence(
     assert sentence in printed.err
     assert printed.err.count("\n") == 1
     assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["nope"], "No such command 'nope'; see 'vdvae --help'"),
+        (["run"], "Missing argument 'RECIPE'; see 'vdvae run --help'"),
+        (["gc", "--older-than", "x"], "Invalid value for '--older-than'"),
+        (["gc", "--older-than", "-1"], "Invalid value for '--older-than'"),
+        (["evaluate", "digits"], "Missing option '--precision'; see 'vdvae evaluate --help'"),
+        (["run", "digits", "--preset", "tiny"], "Invalid value for '--preset'"),
+        (["run", "digits", "--steps", "-1"], "error: steps: -1: "),
+        (["describe", "digits", "--batch", "0"], "Invalid value for '--batch'"),
+    ],
+)
+def test_words_that_are_none_are_one_sentence(
+    capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
+    assert printed.err.startswith("error: ") and sentence in printed.err
+
+
+def commands(app: typer.Typer = app, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for command in app.registered_commands:
+        yield (*path, str(command.name))
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        yield from commands(group.typer_instance, (*path, str(group.name)))
+
+
+@pytest.mark.parametrize("words", [*commands()], ids=" ".join)
+def test_every_command_has_help_with_an_example(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert re.search(rf"Examples:\n    .*vdvae {' '.join(words)}\b", printed)
+    assert not set("─│╭\x1b") & set(printed)  # it is piped
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_a_run_has_an_option_for_each_field_of_the_form(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    options = set(re.findall(r"(?m)^  --([a-z-]+)", capsys.readouterr().out)) - {"help"}
+    assert options == {name.replace("_", "-") for name in Overrides.model_fields}
+    told: list[object] = []
+    monkeypatch.setattr(run_recipe, "main", lambda *words: told.extend(words))
+    main(["run", "digits"])
+    main(["run", "digits", "--batch-size", "8", "--no-register", "--precision", "bf16"])
+    chosen = Overrides(batch_size=8, register=False, precision="bf16")
+    assert told == ["digits", None, "digits", chosen]
+
+
+def test_the_command_is_quick_to_say_what_it_can() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    words = (sys.executable, "-c", "from pipeline.cli import main; main()", "--help")
+    said = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "Usage: vdvae" in said and " models " in said
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5  # 0.3 s
+
+
+def test_the_shell_completes_words() -> None:
+    asked = {"_VDVAE_COMPLETE": "complete_bash", "COMP_WORDS": "vdvae models ro", "COMP_CWORD": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from pipeline.cli import main; main()"],
+        cwd=ROOT,
+        env={**os.environ, **asked},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout.split(), done.stderr) == (["rollback"], "")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_tables_are_plain_where_they_are_piped(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    print_table(("model", "aliases"), [("vdvae-[b]digits", "champion"), ("x" * 90, "")])
+    lines = capsys.readouterr().out.splitlines()
+    assert any("vdvae-[b]digits" in line and "champion" in line for line in lines)  # no markup
+    assert ("x" * 90 in lines) != terminal
+    assert ("─" in "".join(lines)) == terminal
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.params import load_recipe
 from pipeline.services.settings import Settings
-from pipeline.shards.jobs import _count, open_workers
+from pipeline.shards.jobs import open_workers
 from pipeline.system.launch import ranks_here
 from pipeline.system.process import exclusive_lock, try_lock
 from pipeline.tracking import connect, locked
@@ -172,12 +172,14 @@ def test_numbers_and_addresses_of_the_environment_are_bounded(
 ) -> None:
     names = ("VDVAE_PREFECT_PORT", "VDVAE_RUNS_AT_ONCE", "VDVAE_ORIGIN")
     for name in names if text == "http://[" else names[:2]:
-        with pytest.raises(UserError, match=f"^{name}: ") as caught:
-            Settings.from_env({name: text})
+        with monkeypatch.context() as patched:
+            patched.setenv(name, text)
+            with pytest.raises(UserError, match=f"^{name}: ") as caught:
+                Settings()
         assert len(str(caught.value)) < 300
     for name, read in (
         ("VDVAE_RANKS", lambda: ranks_here(load_recipe("digits"))),
-        ("VDVAE_SHARD_WORKERS", _count),
+        ("VDVAE_SHARD_WORKERS", lambda: open_workers().__enter__()),
         ("WORLD_SIZE", lambda: ranks(torch.device("cpu")).__enter__()),
     ):
         with (

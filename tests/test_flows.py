@@ -353,7 +353,7 @@ def test_one_owner_says_which_gpus_are_visible(
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert process.visible_gpus() == names
-    assert Settings.from_env(os.environ).runs_at_once == max(1, len(names))
+    assert Settings().at_once == max(1, len(names))
     assert machine.facts("cuda")["hardware.gpu"] == ("Some GPU" if names else "unknown")
     if names:
         taken = process.take_gpus(tmp_path, len(names))

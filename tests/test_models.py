@@ -82,6 +82,12 @@ def test_show_leads_from_the_version_to_its_source(
     main(["models", "list"])
     (_, row) = capsys.readouterr().out.splitlines()
     assert row.startswith(f"{NAME}/1  champion  {figure}")
+    main(["models", "list", "--json"])
+    [listed] = json.loads(capsys.readouterr().out)
+    assert listed["bits_per_dim"]["validation"]["mean"] == pytest.approx(metrics["bits_per_dim"])
+    main(["models", "show", NAME, "--verify", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["version"], facts["verified"]["differences"]) == (1, [])
     manifest = json.loads(registered.places.manifest("tiny").read_text())
     tars = [tar for split in manifest["splits"].values() for tar in split["shards"]]
     weights = sha256_of(registered.results / "model/model.safetensors")

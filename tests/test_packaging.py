@@ -32,8 +32,10 @@ PIPELINE_ONLY = {
     "pandas",
     "PIL",
     "prefect",
+    "pydantic",
     "ruamel",
     "sklearn",
+    "typer",
     "webdataset",
     "yaml",
 }
@@ -190,6 +192,8 @@ def test_command_alone_says_which_extra_it_lacks(clean_python: Path, tmp_path: P
     command = clean_python.parent / "vdvae"
     assert vdvae.__version__ in succeed(command, "--version", cwd=tmp_path)
     assert "usage: vdvae" in succeed(command, "--help", cwd=tmp_path)
+    succeed(clean_python, "-c", USE_THE_MODEL, cwd=tmp_path)
+    assert "stochastic layers" in succeed(command, "info", "model", cwd=tmp_path)
     lacking = run(command, "run", "digits", cwd=tmp_path)
     assert lacking.returncode == 2, lacking.stderr
     assert "pip install 'vdvae[pipeline]'" in lacking.stderr

@@ -211,8 +211,8 @@ def test_what_the_doctor_finds_is_in_mlflow(project: Project) -> None:
     ("ranks", "sentence"),
     [
         ("3", "train.batch_size: 8 cannot be divided by 3 ranks x train.accumulation 1 = 3"),
-        ("0", "VDVAE_RANKS: '0' is not a number of processes, 1 to 64"),
-        ("many", "VDVAE_RANKS: 'many' is not a number of processes"),
+        ("0", "VDVAE_RANKS: '0' is not a whole number from 1 to 64"),
+        ("many", "VDVAE_RANKS: 'many' is not a whole number"),
     ],
 )
 def test_ranks_that_do_not_fit_are_refused(project: Project, ranks: str, sentence: str) -> None:

@@ -120,6 +120,10 @@ def test_the_registration_of_another_model_is_not_shown(
     main(["show", "digits"])
     shown = capsys.readouterr().out
     assert "vdvae-digits version 1 (champion)" in shown and run_id in shown
+    main(["show", "digits", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["registered"]["mlflow_run_id"] == run_id
+    assert facts["test"] == read("results/digits/metrics.json")["test"]
 
     write(
         "results/digits/registered.json",

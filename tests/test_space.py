@@ -336,6 +336,10 @@ def test_du_tells_who_needs_what(project, monkeypatch, capsys):
     assert re.search(r"MiB  shards of tiny, \d: no manifest lists them", printed)
     assert re.search(r"MiB  DVC's cache /.*\n.*dvc gc --workspace --all-branches", printed)
     assert "database and artifacts" in printed
+    space.du(as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["needs_unknown"] is None
+    assert {entry["may_go"] for entry in found["entries"]} == {True, False}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     space.du()
     printed = capsys.readouterr().out

@@ -74,6 +74,23 @@ class Made:
     normalised_by: str
     active: tuple[str, ...]
 
+    def __str__(self) -> str:
+        name, model, train = self.recipe.name, self.recipe.model, self.recipe.train
+        if name in self.active:
+            run = f"dvc repro register@{name}"
+        else:
+            run = f"dvc exp run -S 'active=[{','.join([*self.active, name])}]'"
+        return (
+            f"params.yaml: recipes.{name}: {self.images:,} images, {model.image_channels} "
+            f"channels, mean and standard deviation of {self.normalised_by}\n"
+            f"  encoder {model.encoder}\n"
+            f"  decoder {model.decoder}\n"
+            f"  width {model.width}, {train.steps:,} steps of {train.batch_size} images\n"
+            f"next:\n"
+            f"  vdvae plan {name}\n"
+            f"  {run}"
+        )
+
 
 def new_recipe(
     name: str,

@@ -9,6 +9,7 @@ from pipeline.git import revision_tags
 from pipeline.params import Places, load_recipe
 from pipeline.shards import Manifest, ShardReader
 from pipeline.storage import open_store
+from pipeline.system.progress import counted
 from vdvae.files import atomic_write_json, sha256_of
 
 
@@ -39,7 +40,8 @@ def audit_precision(recipe_name: str, precisions: Sequence[str], split: str = "t
     rows = {}
     for precision in dict.fromkeys(("fp32", *precisions)):
         with arithmetic(precision, device):
-            batches = ShardReader(manifest, store, split).scan(settings.batch_size)
+            reader = ShardReader(manifest, store, split)
+            batches = counted(reader.scan(settings.batch_size), f"scoring in {precision}", images)
             began = time.perf_counter()
             scores = evaluate(model, batches, settings.seed, images, passes=settings.passes)
             seconds = time.perf_counter() - began

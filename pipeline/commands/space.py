@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import tracking
+from pipeline.commands.output import print_json
 from pipeline.dvc import cache_folder
 from pipeline.git import git
 from pipeline.params import Places, read_params
@@ -80,7 +81,7 @@ class Needs:
                 self.keys.setdefault(shard.key, who)
 
 
-def du() -> None:
+def du(as_json: bool = False) -> None:
     """Prints what takes space, by place and reason."""
     read_params()  # at the project's root
     places, cache = Places.from_env(), cache_folder()
@@ -95,6 +96,14 @@ def du() -> None:
         _mlflow(places),
         *_services(),
     ]
+    if as_json:
+        kept = ("place", "what", "bytes", "why")
+        rows = [
+            {key: getattr(entry, key) for key in kept} | {"may_go": entry.remove is not None}
+            for entry in entries
+        ]
+        print_json({"entries": rows, "needs_unknown": problem or None})
+        return
     for place in dict.fromkeys(entry.place for entry in entries):
         here = [entry for entry in entries if entry.place == place]
         print(f"{_shown_bytes(sum(entry.bytes for entry in here)):>10}  {place}")

@@ -17,6 +17,7 @@ from configobj import ConfigObj
 from pipeline.dvc import cache_folder, dvc
 from pipeline.git import CHANGES, git
 from pipeline.params import Places
+from pipeline.settings import Settings, variable
 from pipeline.system.commands import CommandFailed
 from vdvae.config import UserError
 
@@ -58,7 +59,7 @@ def origin_of_clone() -> Path | None:
     parts = urlsplit(url)
     local = unquote(parts.path) if parts.scheme == "file" else url
     origin = Path(local).resolve() if local.startswith("/") and Path(local).is_dir() else None
-    if origin == Path.cwd().resolve() or os.environ.get("VDVAE_ORIGIN") == str(Path.cwd()):
+    if origin == Path.cwd().resolve() or Settings().origin == str(Path.cwd()):
         raise UserError(
             f"{Path.cwd()}: is the origin itself, which no run may edit; deploy with "
             f"'prefect deploy --all', whose pull step makes a clone"
@@ -73,26 +74,27 @@ def share_places(origin: Path | None) -> None:
     Raises:
         UserError: where they are not set and there is no checkout on this machine.
     """
-    names = ("VDVAE_STORE", "VDVAE_RUNS", "MLFLOW_TRACKING_URI")
+    settings = Settings()
     if origin is None:
-        for name in (*names, "VDVAE_DVC_CACHE"):
-            if not os.environ.get(name):
+        for name in ("store", "runs", "tracking_uri", "dvc_cache"):
+            if name not in settings.model_fields_set:
                 raise UserError(
-                    f"{name}: is not set, and the origin is no checkout on this machine, whose own "
-                    f"would do; set it to a place that outlives this run's clone"
+                    f"{variable(name)}: is not set, and the origin is no checkout on this machine, "
+                    f"whose own would do; set it to a place that outlives this run's clone"
                 )
         return
     here = Path.cwd()
     os.chdir(origin)  # relative settings and defaults are the origin's
     try:
         places = Places.from_env()
-        shared = (places.store_url, str(places.runs), places.tracking_uri)
-        os.environ.update(zip(names, shared, strict=True))
-        os.environ["VDVAE_CACHE"] = str(places.cache)
-        if not os.environ.get("VDVAE_DVC_CACHE"):
-            os.environ["VDVAE_DVC_CACHE"] = str(cache_folder())
-        if not os.environ.get("VDVAE_DATA_ROOTS"):
-            os.environ["VDVAE_DATA_ROOTS"] = str(origin / _RAW)
+        os.environ |= {
+            "VDVAE_STORE": places.store_url,
+            "VDVAE_RUNS": str(places.runs),
+            "MLFLOW_TRACKING_URI": places.tracking_uri,
+            "VDVAE_CACHE": str(places.cache),
+            "VDVAE_DVC_CACHE": settings.dvc_cache or str(cache_folder()),
+            "VDVAE_DATA_ROOTS": settings.data_roots or str(origin / _RAW),
+        }
     finally:
         os.chdir(here)
 
@@ -100,7 +102,7 @@ def share_places(origin: Path | None) -> None:
 def prepare(origin: Path | None) -> None:
     """Makes the current folder, a fresh clone, share DVC's cache and raw data with its origin."""
     # `dvc cache dir --local` would write it as ASCII, and end where the path is not.
-    config = ConfigObj({"cache": {"dir": os.environ["VDVAE_DVC_CACHE"]}}, encoding="utf-8")
+    config = ConfigObj({"cache": {"dir": Settings().dvc_cache}}, encoding="utf-8")
     with Path(".dvc/config.local").open("wb") as file:
         config.write(file)
     if not _configured("user.email"):

@@ -27,6 +27,7 @@ from pipeline.params import (
     read_params,
     write_document,
 )
+from pipeline.settings import Settings
 from pipeline.storage import s3_address, shown_url
 from vdvae.config import UserError, parse_widths
 from vdvae.files import atomic_write
@@ -297,7 +298,7 @@ def data_roots() -> list[str]:
         UserError: where an entry is neither.
     """
     roots = []
-    for entry in filter(None, map(str.strip, os.environ.get("VDVAE_DATA_ROOTS", "").split(","))):
+    for entry in filter(None, map(str.strip, Settings().data_roots.split(","))):
         if entry.startswith("/"):
             roots.append(os.path.realpath(entry))
         elif entry == "s3://" or s3_address(entry):

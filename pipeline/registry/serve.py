@@ -4,13 +4,10 @@ What comes in is bounded before the model sees it: seconds, bytes, images, passe
 is refused gets a 4xx code, or 503, and `{"error": one sentence}`; a stack trace stays in the
 server's log. One request at a time is computed, others wait, so memory is bounded too; work ends
 when its client has gone. Without a token it listens on loopback.
-
-At the start this imports nothing but the standard library.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import hmac
@@ -30,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.settings import Settings
 from vdvae.config import UserError
 
 if TYPE_CHECKING:
@@ -52,37 +50,25 @@ _LEAST_TOKEN = 16  # characters
 _log = logging.getLogger(__name__)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words of `vdvae models serve` after the model's name."""
-    parser.add_argument("--host", default="127.0.0.1", help="an IP address (default 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=5001, help="(default 5001)")
-    parser.add_argument(
-        "--token-env",
-        metavar="VARIABLE",
-        help="the environment variable that holds the token which requests must bring "
-        "(VDVAE_SERVE_TOKEN where it is set)",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=5,
-        metavar="SECONDS",
-        help="that a connection may take to send a request's headers, or say nothing (default 5)",
-    )
-
-
-def run(words: argparse.Namespace) -> None:
+def serve(reference: str, host: str, port: int, token_variable: str | None, timeout: float) -> None:
     """Serves until a signal.
+
+    Args:
+        reference: of a registered model.
+        host: an IP address.
+        port: to listen on.
+        token_variable: holds the token that requests must bring; None: VDVAE_SERVE_TOKEN.
+        timeout: seconds that a connection may take to send a request's headers, or say nothing.
 
     Raises:
         UserError: no such model, a port that is taken, or an address that wants a token.
     """
-    if not 0 < words.timeout <= _MOST_TIMEOUT:
+    if not 0 < timeout <= _MOST_TIMEOUT:
         raise UserError(
-            f"--timeout: {words.timeout:g} is out of bounds; use up to {_MOST_TIMEOUT} seconds"
+            f"--timeout: {timeout:g} is out of bounds; use up to {_MOST_TIMEOUT} seconds"
         )
-    token = _token(words.token_env)
-    listener = _listen(words.host, words.port, token)
+    token = _token(token_variable)
+    listener = _listen(host, port, token)
 
     import mlflow
 
@@ -94,12 +80,12 @@ def run(words: argparse.Namespace) -> None:
     places = Places.from_env()
     with tempfile.TemporaryDirectory() as folder:
         with client_of(places) as client:
-            version = find(client, words.reference, places)
+            version = find(client, reference, places)
             root = download(version, places, Path(folder))
         for difference in check_files(root, version.tags.get("files_sha256", "")):
             raise UserError(f"{version}: {difference}; restore the artifacts, or register it again")
         model = mlflow.pyfunc.load_model(str(root))
-    app = application(model, str(version), token, words.timeout)
+    app = application(model, str(version), token, timeout)
     host, port = listener.getsockname()[:2]
     print(
         f"{version} at http://{f'[{host}]' if ':' in host else host}:{port}/ "
@@ -107,13 +93,13 @@ def run(words: argparse.Namespace) -> None:
         flush=True,
     )
     with contextlib.suppress(KeyboardInterrupt):
-        server(app, words.timeout).run(sockets=[listener])
+        server(app, timeout).run(sockets=[listener])
 
 
 def _token(variable: str | None) -> str:
     """The token; empty where none is wanted."""
     name = variable or "VDVAE_SERVE_TOKEN"
-    token = os.environ.get(name) or ""
+    token = os.environ.get(variable, "") if variable else Settings().serve_token
     if variable and not token:
         raise UserError(f"{name}: is not set; export it with the token that requests must bring")
     if token and not (len(token) >= _LEAST_TOKEN and token.isascii() and token.isprintable()):

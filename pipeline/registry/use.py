@@ -46,6 +46,7 @@ from pipeline.sources.folder import NOT_READ, READ
 from pipeline.sources.raw import read_image
 from pipeline.sources.source import on_levels
 from pipeline.storage import open_store, shown
+from pipeline.system.progress import counted
 from pipeline.yaml_files import read_yaml
 from vdvae.checkpoint import CONFIG, WEIGHTS
 from vdvae.config import ModelConfig, UserError
@@ -238,7 +239,7 @@ def score(reference: str, folder: Path) -> Scores:
     paths = _images(folder, model.config)
     return evaluate(
         model,
-        _batches(paths, folder, model.config),
+        counted(_batches(paths, folder, model.config), "scoring", len(paths)),
         version.seed,
         len(paths),
         passes=version.passes,

@@ -13,46 +13,36 @@ without it. Everything they write lies in services/.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from typing import Literal
 
-_PORTS = ("prefect", "mlflow", "s3")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words of `vdvae services` and `python -m pipeline.services`."""
-    parser.add_argument(
-        "action", choices=("start", "stop", "status", "supervise"), metavar="start|stop|status"
-    )
-    for name in _PORTS:
-        variable = f"VDVAE_{name.upper()}_PORT"
-        parser.add_argument(f"--{name}-port", metavar="PORT", help=f"instead of ${variable}")
-    parser.add_argument("--s3", action="store_true", help="with a local S3 server for the store")
+Action = Literal["start", "stop", "status", "supervise"]
 
 
-def run(words: argparse.Namespace) -> None:
-    """Does what the words say; exits with 1 where `status` finds something down.
+def run(action: Action, **settings: object) -> None:
+    """Does what the word says; exits with 1 where `status` finds something down.
+
+    Args:
+        action: `supervise` is for `start` alone.
+        settings: fields of `Settings` that go before the environment's; None does not.
 
     Raises:
         UserError: what is wrong and what would help.
     """
-    # Not before they are needed: `vdvae --help` works where only the model library is installed.
+    # Not before they are needed: `vdvae --help` is quick.
     from pipeline.services import commands
     from pipeline.services.settings import Settings
+    from pipeline.settings import variable
 
-    for name in _PORTS:
-        if getattr(words, f"{name}_port"):
-            os.environ[f"VDVAE_{name.upper()}_PORT"] = getattr(words, f"{name}_port")
-    if words.s3:
-        os.environ["VDVAE_S3"] = "1"
-    if words.action == "stop":
+    os.environ |= {variable(name): str(value) for name, value in settings.items() if value}
+    if action == "stop":
         commands.stop()
-    elif words.action == "status":
+    elif action == "status":
         sys.exit(0 if commands.status() else 1)
-    elif words.action == "start":
-        commands.start(Settings.from_env(os.environ))
+    elif action == "start":
+        commands.start(Settings())
     else:
         from pipeline.services.supervisor import Supervisor
 
-        Supervisor(Settings.from_env(os.environ)).run()
+        Supervisor(Settings()).run()

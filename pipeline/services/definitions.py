@@ -64,7 +64,7 @@ def prefect(settings: Settings, environment: dict[str, str]) -> Service:
     command = [sys.executable, "-m", "prefect", "server", "start"]
     return Service(
         name="prefect",
-        command=[*command, "--host", settings.host, "--port", str(settings.prefect_port)],
+        command=[*command, "--host", str(settings.host), "--port", str(settings.prefect_port)],
         environment={
             **environment,
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{database}",
@@ -182,17 +182,17 @@ def worker(
     root = Path.cwd()
     url = f"http://127.0.0.1:{settings.mlflow_port}"
     own = {
-        "VDVAE_ORIGIN": os.environ.get("VDVAE_ORIGIN") or str(root),
+        "VDVAE_ORIGIN": settings.origin or str(root),
         "VDVAE_STORE": places.store_url,
         "VDVAE_RUNS": str(places.runs),
         "VDVAE_CACHE": str(places.cache),
-        "VDVAE_DVC_CACHE": os.environ.get("VDVAE_DVC_CACHE") or str(cache_folder()),
-        "VDVAE_DATA_ROOTS": os.environ.get("VDVAE_DATA_ROOTS") or str(root / "data" / "raw"),
+        "VDVAE_DVC_CACHE": settings.dvc_cache or str(cache_folder()),
+        "VDVAE_DATA_ROOTS": settings.data_roots or str(root / "data" / "raw"),
         "MLFLOW_TRACKING_URI": url if own_mlflow() else places.tracking_uri,
         "TMPDIR": str((FOLDER / "tmp").resolve()),
         "PREFECT_WORKER_QUERY_SECONDS": "2",
     }
-    if settings.s3 and not os.environ.get("VDVAE_STORE"):
+    if settings.s3 and not settings.store:
         own |= _s3_environment(settings)
     return Service(
         name="worker",
@@ -201,7 +201,7 @@ def worker(
             *("--type", "process", "--name", f"{POOL}-worker", "--install-policy", "never"),
         ],
         environment={**environment, **own},
-        address=f"pool {POOL}, {settings.runs_at_once} at once; runs clone {own['VDVAE_ORIGIN']}",
+        address=f"pool {POOL}, {settings.at_once} at once; runs clone {own['VDVAE_ORIGIN']}",
         before=before,
     )
 

@@ -100,7 +100,7 @@ class Supervisor:
             self._finish("mlflow-prepare", prepare, environment)
             self._add(definitions.mlflow(self.settings, environment, places))
         self._wait_for(prefect)
-        self.api.set_up_pool(self.settings.runs_at_once)
+        self.api.set_up_pool(self.settings.at_once)
         worker = definitions.worker(self.settings, environment, places, self._before_worker)
         deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
         self._finish("deploy", deploy, worker.environment)

@@ -34,12 +34,11 @@ from typing import BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.params import Places, env_number
+from pipeline.params import Places
 from pipeline.shards.decode import Decoded
 from vdvae.config import UserError
 from vdvae.files import open_lock
 
-LIMIT_GIB = 50.0
 _RESERVE_BYTES = 2**30  # of the disk, for everything else
 _KEY_BYTES = 100  # of a key in the file, about
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -122,8 +121,10 @@ class BlockCache:
         Raises:
             UserError: the size is not a number of GiB.
         """
-        gib = env_number("VDVAE_CACHE_GIB", LIMIT_GIB, 0, 2**20)
-        return cls(folder=Places.from_env().cache, limit_bytes=round(gib * 2**30))
+        from pipeline.settings import Settings
+
+        limit_bytes = round(Settings().cache_gib * 2**30)
+        return cls(folder=Places.from_env().cache, limit_bytes=limit_bytes)
 
     def open(self, name: str, shape: tuple[int, int, int, int]) -> CachedBlock | None:
         """A block that is there whole; a damaged one is told of and removed.

@@ -143,12 +143,14 @@ def open_workers() -> Iterator[Workers]:
     Raises:
         UserError: for a setting that is none, or a cluster that does not answer.
     """
-    address = os.environ.get("VDVAE_DASK")
-    if address:
-        with _dask(address) as workers:
+    from pipeline.settings import Settings
+
+    settings = Settings()
+    if settings.dask:
+        with _dask(settings.dask) as workers:
             yield workers
         return
-    count = _count()
+    count = settings.shard_workers or len(os.sched_getaffinity(0))
     if count == 1:
         yield Workers()
         return
@@ -163,18 +165,6 @@ def open_workers() -> Iterator[Workers]:
         yield Workers(executor, count)
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-def _count() -> int:
-    text = os.environ.get("VDVAE_SHARD_WORKERS")
-    if not text:
-        return len(os.sched_getaffinity(0))
-    if not (text.isascii() and text.isdigit() and len(text) < 7 and 1 <= int(text) <= 1024):
-        raise UserError(
-            f"VDVAE_SHARD_WORKERS: {shown(text)} is not a number of processes from 1 to 1024; set "
-            f"it to one, or unset it for one a core"
-        )
-    return int(text)
 
 
 def _begin(parent: int) -> None:

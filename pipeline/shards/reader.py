@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.params import env_number
 from pipeline.shards.cache import Block, BlockCache, CachedBlock, DamagedBlock
 from pipeline.shards.decode import Decoder
 from pipeline.shards.manifest import Manifest
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 WINDOW_BYTES = 256 * 2**20  # of pixels, unless one shard has more
 _KEY_BYTES = 128  # an image's key, about: the order depends on it
-_WORKERS = 1
 _SMALL_BYTES = 16 * 2**20  # a split of so few pixels is decoded in two seconds or less
 _AHEAD_BATCHES, _AHEAD_BYTES = 4, 64 * 2**20  # most that are ready before they are asked for
 _END_SECONDS = 2.0  # what the end of a pass waits for the copy that is being made
@@ -84,7 +82,9 @@ class ShardReader:
         )
         self.maker = BlockMaker(decoder=decoder, cache=cache or BlockCache.from_env())
         if workers is None:
-            workers = int(env_number("VDVAE_READ_WORKERS", _WORKERS, 0, 256))
+            from pipeline.settings import Settings
+
+            workers = Settings().read_workers
             if self.images * math.prod(manifest.shape) < _SMALL_BYTES:
                 workers = 0  # decoded before a process has started
         self.workers = workers

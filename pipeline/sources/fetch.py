@@ -6,7 +6,6 @@ import hashlib
 import http.client
 import math
 import os
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from pipeline.sources import cifar10, ffhq, imagenet
 from pipeline.sources.raw import npy_header
 from pipeline.sources.tars import members
 from pipeline.system.process import exclusive_lock, try_lock
+from pipeline.system.progress import Bar
 from vdvae.config import UserError
 from vdvae.files import atomic_write_json, open_regular, read_json, target_of
 
@@ -179,13 +179,12 @@ def _receive(url: str, out: BinaryIO, known: Path) -> int | None:
                 known.unlink(missing_ok=True)
         length = answer.headers.get("Content-Length")
         whole = int(length) + start if length else None
-        spoke = time.monotonic()
-        while chunk := answer.read(_CHUNK):
-            out.write(chunk)
-            if time.monotonic() - spoke >= _INTERVAL_S:
-                spoke = time.monotonic()
-                of = f" of {whole / 2**20:.0f}" if whole else ""
-                print(f"{url}: {out.tell() / 2**20:.0f}{of} MiB", flush=True)
+        of = f" of {whole / 2**20:.0f}" if whole else ""
+        with Bar(url.rpartition("/")[2], "bytes", _INTERVAL_S) as bar:
+            while chunk := answer.read(_CHUNK):
+                out.write(chunk)
+                line = f"{url}: {out.tell() / 2**20:.0f}{of} MiB"
+                bar.show(out.tell(), whole, line)
         out.flush()
         os.fsync(out.fileno())
     return whole

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.shards import ShardReader
+from pipeline.system.progress import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +54,8 @@ def scores_of(
     from vdvae.evaluate import checked, evaluate, interleaved
 
     batches = watched(reader.scan(settings.batch_size, group.rank, group.size))
+    if watched is iter and not group.rank:  # not within training, which has a bar
+        batches = counted(batches, f"scoring {reader.split}", reader.images, group.size)
     images = len(range(group.rank, reader.images, group.size))
     scores = None  # stays so on ranks without an image
     if images or group.is_main:  # rank 0 reports an empty split

@@ -13,6 +13,7 @@ from pipeline.shards.jobs import open_workers
 from pipeline.sources import open_source
 from pipeline.stages import main
 from pipeline.storage import Store, open_store
+from pipeline.system.progress import Bar
 
 _INTERVAL_S = 5.0
 CONTACTS = 64  # images of each split on its contact sheet
@@ -22,18 +23,16 @@ def shard(recipe_name: str) -> None:
     """Shards one recipe's data, draws contact sheets, writes data/manifests/<recipe>.json last."""
     recipe, places = load_recipe(recipe_name), Places.from_env()
     source = open_source(recipe.name, recipe.data)
-    began = spoke = time.monotonic()
+    began = time.monotonic()
+    bar = Bar("sharding", "images", _INTERVAL_S)
 
     def on_progress(images: int) -> None:
-        nonlocal spoke
-        now = time.monotonic()
-        if now - spoke >= _INTERVAL_S:
-            spoke = now
-            print(f"{images} images  {images / (now - began):.0f} img/s", flush=True)
+        speed = images / (time.monotonic() - began)
+        bar.show(images, line=f"{images} images  {speed:.0f} img/s")
 
     path = places.manifest(recipe.name)
     store = open_store(places.store_url)
-    with open_workers() as workers:
+    with open_workers() as workers, bar:
         manifest = write_shards(
             recipe.name,
             recipe.data,

@@ -13,7 +13,6 @@ import io
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from pipeline.system import machine
 from pipeline.system.events import tell
 from pipeline.system.exits import CANCELLED
 from pipeline.system.process import StopRequest, exclusive_lock
+from pipeline.system.progress import Bar
 from pipeline.tracking import BufferedRun
 from vdvae.files import atomic_write, sha256_of
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from vdvae.model import VDVAE
     from vdvae.training import Progress
 
+_BAR = Bar("training", "steps")
 _SAMPLES, _LADDERS = 8, 4  # most columns and rows in pictures of training
 
 
@@ -298,24 +299,20 @@ def _report(progress: Progress, point: Point, batch_size: int) -> None:
     """Reports progress: an event, or one line per interval, or a bar on a terminal."""
     left = progress.steps - progress.step
     seconds = round(left * batch_size / max(point["images_per_second"], 1e-9))
-    text = (
-        f"step {progress.step}/{progress.steps}  bits/dim {point['bits_per_dim']:.3f}  "
+    figures = (
+        f"bits/dim {point['bits_per_dim']:.3f}  "
         f"rate {point['rate_bits_per_dim']:.3f}  "
         f"distortion {point['distortion_bits_per_dim']:.3f}  "
         f"grad {point['gradient_norm']:.3g}  skipped {point['skipped']}  "
-        f"{point['images_per_second']:.0f} img/s  eta {timedelta(seconds=seconds)}"
+        f"{point['images_per_second']:.0f} img/s"
     )
+    text = f"step {progress.step}/{progress.steps}  {figures}  eta {timedelta(seconds=seconds)}"
     if "validation_bits_per_dim" in point:
         text += f"  validation {point['validation_bits_per_dim']:.4f}"
     facts = {"step": progress.step, "steps": progress.steps, "seconds_left": seconds, **point}
     if tell("progress", text=text, **facts):
         return
-    if sys.stdout.isatty():
-        done = 20 * progress.step // progress.steps
-        end = "" if left else "\n"
-        print(f"\r\x1b[K[{'#' * done:-<20}] {text}", end=end, flush=True)
-    else:
-        print(text, flush=True)
+    _BAR.show(progress.step, progress.steps, text, figures)
 
 
 if __name__ == "__main__":

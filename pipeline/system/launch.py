@@ -24,13 +24,10 @@ from typing import TYPE_CHECKING, Self
 from pipeline.params import Places
 from pipeline.system.exits import AWAY, BAD_INPUT, CANCELLED
 from pipeline.system.process import end_with_parent, named_gpus
-from vdvae.config import UserError, shown
 
 if TYPE_CHECKING:
     from pipeline.params import Recipe
 
-RANKS = "VDVAE_RANKS"
-_MOST = 64
 _TOLD = (BAD_INPUT, AWAY)  # exit codes after a sentence for the user
 _LAST_WORDS = ("Traceback (most recent call last)", "error: ")
 _TORCHS_PREFIX = re.compile(r"\[rank\d+\]: ?")  # of a traceback's lines
@@ -47,11 +44,10 @@ def ranks_here(recipe: Recipe) -> int:
     """
     if "WORLD_SIZE" in os.environ:  # torchrun has started this process as one of several
         return 1
-    asked = os.environ.get(RANKS)
-    if asked:
-        if not (asked.isdecimal() and len(asked) < 7 and 1 <= int(asked) <= _MOST):
-            raise UserError(f"{RANKS}: {shown(asked)} is not a number of processes, 1 to {_MOST}")
-        return int(asked)
+    from pipeline.settings import Settings
+
+    if asked := Settings().ranks:
+        return asked
     if recipe.train.device == "cpu":
         return 1
     if named_gpus() == []:

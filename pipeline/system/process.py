@@ -28,8 +28,6 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _MARK = "VDVAE_FLOW"  # in the environment of every process that a flow starts
-GRACE = "VDVAE_GRACE_SECONDS"
-_GRACE_SECONDS = 120  # imagenet64's checkpoint, 2.5 GB, at 25 MB/s; an early end is not waited for
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
@@ -39,9 +37,9 @@ def grace_seconds() -> float:
     Raises:
         UserError: VDVAE_GRACE_SECONDS is no number from 0 to 86400.
     """
-    from pipeline.params import env_number  # which wants YAML; `make gpu` does without
+    from pipeline.settings import Settings  # which wants pydantic; `make gpu` does without
 
-    return env_number(GRACE, _GRACE_SECONDS, 0, 86_400)
+    return Settings().grace_seconds
 
 
 def end_with_parent(parent: int | None = None) -> None:

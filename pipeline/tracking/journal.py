@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from pipeline.params import env_number
+from pipeline.settings import Settings
 from pipeline.system.exits import innermost
 from pipeline.system.process import try_lock
 from vdvae.files import atomic_write
@@ -158,7 +158,7 @@ class BufferedRun:
         Raises:
             UserError: VDVAE_TRACKING_SECONDS is no number from 0.01 to 3600.
         """
-        self._seconds = env_number("VDVAE_TRACKING_SECONDS", 10, 0.01, 3600)
+        self._seconds = Settings().tracking_seconds
         # Trying again is ours. For the whole process: the thread cannot set them for itself alone.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

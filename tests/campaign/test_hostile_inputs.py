@@ -25,10 +25,9 @@ from repetitions import repetitions
 from pipeline import tracking
 from pipeline.cli.main import main
 from pipeline.flows.overrides import allowed_place
-from pipeline.params import env_number, load_recipe
+from pipeline.params import load_recipe
 from pipeline.services.settings import Settings
-from pipeline.shards import Manifest
-from pipeline.shards.jobs import _count
+from pipeline.shards import BlockCache, Manifest
 from pipeline.storage import open_store
 from pipeline.system.exits import as_a_command
 from pipeline.system.launch import ranks_here
@@ -271,14 +270,14 @@ def make(surface: str, draw: random.Random, folder: Path) -> Callable[[], object
             ["VDVAE_PREFECT_PORT", "VDVAE_S3", "VDVAE_HOST", "VDVAE_AUTH", "VDVAE_ORIGIN",
              "VDVAE_RUNS_AT_ONCE"]
         )  # fmt: skip
-        os.environ |= {"VDVAE_RANKS": text, "VDVAE_SHARD_WORKERS": text, "VDVAE_CACHE_GIB": text}
+        names = [name, "VDVAE_RANKS", "VDVAE_SHARD_WORKERS", "VDVAE_CACHE_GIB"]
+        os.environ |= {draw.choice(names): text}
         recipe: Any = SimpleNamespace(train=SimpleNamespace(device="cpu"))
         return draw.choice(
             [
-                lambda: Settings.from_env({name: text}),
+                Settings,
                 lambda: ranks_here(recipe),
-                _count,
-                lambda: env_number("VDVAE_CACHE_GIB", 1, 0, 10),
+                BlockCache.from_env,
                 lambda: open_store(text),
                 lambda: tracking.sqlite_path(text),
                 lambda: allowed_place(text),

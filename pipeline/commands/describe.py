@@ -1,0 +1,63 @@
+"""`vdvae describe` and `vdvae info`: a recipe's model before it is made, and a model's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pipeline.commands.output import print_table
+
+_HEADS = ("resolution", "encoder", "decoder", "width", "latents", "share", "parameters", "GFLOP")
+
+
+def describe(name: str, batch: int | None = None) -> None:
+    """Prints what each resolution of a recipe's model has, and what a training step holds.
+
+    Args:
+        name: the recipe's.
+        batch: images a step; None: the recipe's own.
+    """
+    from pipeline.params import load_recipe
+    from vdvae.summary import summarise
+
+    recipe = load_recipe(name)
+    batch = batch or recipe.train.batch_size
+    found = summarise(recipe.model)
+    print_table(
+        _HEADS,
+        [
+            (
+                row.resolution,
+                row.encoder_blocks,
+                row.decoder_blocks,
+                row.width,
+                f"{row.latents:,}",
+                f"{100 * row.latent_share:.4f}%",
+                f"{row.parameters:,}",
+                f"{row.forward_flop / 1e9:.2f}",
+            )
+            for row in found.rows
+        ],
+        numbers=True,
+    )
+    print(
+        f"{recipe.name}: {found.parameters:,} parameters, {found.encoder_blocks} encoder blocks, "
+        f"{found.decoder_blocks} stochastic layers, {found.latents:,} latents an image; share: of "
+        f"the latents up to that resolution\n"
+        f"GFLOP an image: bound {found.forward_flop / 1e9:.1f}, training step "
+        f"{found.training_flop / 1e9:.1f}, sample {found.sampling_flop / 1e9:.1f}\n"
+        f"a training step of {batch} images in float32 holds about "
+        f"{found.training_bytes(batch) / 2**30:.1f} GiB (weights, gradients, moments, average, "
+        f"activations), a model {4 * found.parameters / 2**20:.0f} MiB"
+    )
+
+
+def info(folder: Path) -> None:
+    """Prints what a model's folder holds; needs the model library alone."""
+    import vdvae
+
+    model = vdvae.load(folder)
+    config = model.config
+    print(f"{len(config.latent_shapes)} stochastic layers, {config.num_latents} latents an image")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    print(json.dumps(config.to_dict(), indent=2))
