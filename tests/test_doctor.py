@@ -77,7 +77,7 @@ def test_layers_that_carried_something_and_died_are_named_by_resolution() -> Non
     died = [point(n, **{"rate_bits_per_dim/res_4": 1e-4}) for n in range(10, 20)]
     step, finding = only(lived + died)
     assert (step, finding.kind) == (14, "dead_resolution.4")
-    assert "resolution 4 carried 6.65 nats an image and now carry 0.0011" in finding.text
+    assert "resolution 4 carried 6.65 nats per image and now carry 0.0011" in finding.text
     never = [point(n, **{"rate_bits_per_dim/res_1": 1e-4}) for n in range(1, 30)]
     assert told(never) == []
     later = [{**p, "rate_bits_per_dim/res_1": 1e-5} if p["step"] > 12 else p for p in lived + died]

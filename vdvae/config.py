@@ -89,7 +89,13 @@ def _entries(text: str, what: str, letters: str) -> list[tuple[int, str, int]]:
 
 
 def parse_encoder(text: str) -> tuple[EncoderBlock, ...]:
-    """Reads an encoder's block string and checks that each block's resolution is the one reached.
+    """Reads an encoder's block string (Child 2021, sec. 4), and checks its resolutions.
+
+    Args:
+        text: entries `RxN` and `RdK`, separated by commas.
+
+    Returns:
+        The blocks, bottom first.
 
     Raises:
         UserError: for an entry that cannot be read, or a resolution that cannot be reached.
@@ -117,7 +123,13 @@ def parse_encoder(text: str) -> tuple[EncoderBlock, ...]:
 
 
 def parse_decoder(text: str) -> tuple[DecoderBlock, ...]:
-    """Reads a decoder's block string and checks that every resolution is entered from a lower one.
+    """Reads a decoder's block string (Child 2021, sec. 4), and checks its resolutions.
+
+    Args:
+        text: entries `RxN` and `RmS`, separated by commas.
+
+    Returns:
+        The blocks, top first.
 
     Raises:
         UserError: for an entry that cannot be read, or a resolution that cannot be reached.
@@ -208,7 +220,11 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "") -> Self:
-        """Makes a config from plain values.
+        """Makes a config from plain values; former names of settings are read, with a notice.
+
+        Args:
+            values: by name.
+            where: the file, for messages.
 
         Raises:
             UserError: naming an unknown or missing key, or a value of the wrong type or range.

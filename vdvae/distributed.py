@@ -137,7 +137,7 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
         if local >= torch.cuda.device_count():
             raise UserError(
                 f"ranks: more are started on this machine than its {torch.cuda.device_count()} "
-                f"GPUs; start one a GPU"
+                f"GPUs; start one per GPU"
             )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"

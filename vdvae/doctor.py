@@ -141,7 +141,7 @@ def _collapse(model: ModelConfig, config: TrainConfig, history: Sequence[Point])
         return None
     return Finding(
         "collapse",
-        f"the latents carry {nats[-1]:.2g} nats an image, so nothing: the decoder does without "
+        f"the latents carry {nats[-1]:.2g} nats per image, so nothing: the decoder does without "
         f"them; check model.shift and model.scale against the images, lower train.learning_rate",
     )
 
@@ -163,7 +163,7 @@ def _dead_resolutions(
             resolution = key.rpartition("_")[2]
             yield Finding(
                 f"dead_resolution.{resolution}",
-                f"the layers at resolution {resolution} carried {usual:.3g} nats an image and "
+                f"the layers at resolution {resolution} carried {usual:.3g} nats per image and "
                 f"now carry {now:.2g}: they have died; start afresh with a lower "
                 f"train.learning_rate or train.skip_threshold",
             )

@@ -1,7 +1,7 @@
-"""Latents to work with: flat arrays for downstream use, and images edited at one resolution.
+"""Latents as flat arrays, for downstream use, and exchanged between images at one resolution.
 
 Shapes: B batch, Z latent channels, H W, M latent variables of the first blocks together.
-Latents are lists of [B,Z,H,W], one a stochastic layer, top first, as `VDVAE.encode` gives them.
+Latents are lists of [B,Z,H,W], one per stochastic layer, top first, as `VDVAE.encode` gives them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from vdvae.model import VDVAE
 
 
 def flatten(latents: Sequence[Tensor], first: int | None = None) -> Tensor:
-    """The latents of the first blocks as one array [B,M], block after block, each Z·H·W.
+    """The latents of the first blocks as one array, block after block.
+
+    Args:
+        latents: [B,Z,H,W] per stochastic layer, top first.
+        first: number of blocks; all by default.
+
+    Returns:
+        [B,M].
 
     Raises:
         UserError: for a number of blocks that the latents do not have.
@@ -29,10 +36,17 @@ def flatten(latents: Sequence[Tensor], first: int | None = None) -> Tensor:
 
 
 def unflatten(config: ModelConfig, flat_BM: Tensor) -> list[Tensor]:
-    """The latents that `flatten` made flat, for `VDVAE.decode`; the later blocks are left out.
+    """The inverse of `flatten`.
+
+    Args:
+        config: of the model.
+        flat_BM: latents of the first blocks.
+
+    Returns:
+        [B,Z,H,W] per block, for `VDVAE.decode`.
 
     Raises:
-        UserError: where M is not the size of a number of first blocks.
+        UserError: M is not the size of the first blocks, for any number of them.
     """
     latents: list[Tensor] = []
     start = 0
@@ -42,14 +56,14 @@ def unflatten(config: ModelConfig, flat_BM: Tensor) -> list[Tensor]:
         end = start + math.prod(shape)
         if end > flat_BM.shape[1]:
             raise UserError(
-                f"latents: {flat_BM.shape[1]} numbers an image end in the middle of block "
+                f"latents: {flat_BM.shape[1]} numbers per image end in the middle of block "
                 f"{len(latents)}, which needs {end}; take whole blocks"
             )
         latents.append(flat_BM[:, start:end].reshape(-1, *shape))
         start = end
     if start != flat_BM.shape[1]:
         raise UserError(
-            f"latents: {flat_BM.shape[1]} numbers an image, the whole model has {start}"
+            f"latents: {flat_BM.shape[1]} numbers per image, the whole model has {start}"
         )
     return latents
 
@@ -57,10 +71,19 @@ def unflatten(config: ModelConfig, flat_BM: Tensor) -> list[Tensor]:
 def exchange(
     model: VDVAE, latents: Sequence[Tensor], others: Sequence[Tensor], resolution: int
 ) -> list[Tensor]:
-    """The latents with those of one resolution taken from others; all else stays.
+    """Replaces the latents of one resolution by those of other images.
+
+    Args:
+        model: that the latents are of.
+        latents: [B,Z,H,W] per stochastic layer, top first.
+        others: the same, of the other images.
+        resolution: of the layers to replace.
+
+    Returns:
+        The new latents.
 
     Raises:
-        UserError: for a resolution without stochastic layers.
+        UserError: the resolution has no stochastic layers.
     """
     layout = model.decoder.layout
     if resolution not in model.decoder.resolutions:

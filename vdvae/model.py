@@ -72,7 +72,7 @@ def bits_per_dim(nats: Tensor | float, dims: int) -> Tensor | float:
 
 
 class Bottleneck(nn.Module):
-    """Four convolutions 1x1, 3x3, 3x3, 1x1, a GELU before each; 1x1 throughout where R <= 2."""
+    """Four convolutions 1x1, 3x3, 3x3, 1x1, a GELU before each (Fig. 3); all 1x1 if R <= 2."""
 
     def __init__(
         self, width_in: int, width_inner: int, width_out: int, resolution: int, residual: bool
@@ -276,7 +276,7 @@ class Decoder(nn.Module):
 
 
 class _Features:
-    """The features by resolution while the blocks are walked from the top down.
+    """The features by resolution, while the blocks are run from the top down.
 
     With `group_size` K > 1, K consecutive blocks read what the first of them read, and what each
     adds is summed (Table 1, left: equal depth in parameters, less stochastic depth).
@@ -436,7 +436,7 @@ class VDVAE(nn.Module):
         mean: bool = False,
         noise_BN: Tensor | Generators = None,
     ) -> list[Tensor]:
-        """Latents of images (sec. 3: the posterior, from the top down).
+        """Latents of images, from the posterior (eq. 3).
 
         Args:
             x_BCHW: images, uint8.
@@ -543,7 +543,7 @@ class VDVAE(nn.Module):
         temperature: float | Sequence[float] = 1.0,
         generator: Generators = None,
     ) -> Tensor:
-        """Draws images from the prior.
+        """Draws images from the prior (eq. 2).
 
         Args:
             n: number of images, all drawn at once.

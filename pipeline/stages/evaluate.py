@@ -64,11 +64,11 @@ def measure(recipe: Recipe, places: Places) -> None:
         with BufferedRun(opened, places.runs) as run:
             scores: dict[str, Scores] = {}
             for split in SPLITS:
-                found = score(split)
-                assert found is not None
-                scores[split] = found
-                tell(split, found, recipe.model.likelihood)
-            metrics: dict[str, Any] = {split: found.summary() for split, found in scores.items()}
+                of_split = score(split)
+                assert of_split is not None  # on rank 0
+                scores[split] = of_split
+                tell(split, of_split, recipe.model.likelihood)
+            metrics: dict[str, Any] = {split: part.summary() for split, part in scores.items()}
             conditions = {
                 **revision_tags(),
                 "manifest_digest": manifest.digest,
@@ -93,15 +93,15 @@ def measure(recipe: Recipe, places: Places) -> None:
 def _per_image(scores: dict[str, Scores]) -> str:
     rows = io.StringIO()
     table = csv.writer(rows, lineterminator="\n")
-    with_iwae = any(found.iwae for found in scores.values())
+    with_iwae = any(part.iwae for part in scores.values())
     table.writerow(
         ["split", "key", "bits_per_dim", "rate_nats", "distortion_nats"] + ["iwae_nats"] * with_iwae
     )
-    for split, found in scores.items():
-        columns = [found.bits_per_dim_B, found.rate_nats_B, found.distortion_nats_B]
-        if found.iwae_nats_B is not None:
-            columns.append(found.iwae_nats_B)
-        for key, *values in zip(found.keys, *columns, strict=True):
+    for split, part in scores.items():
+        columns = [part.bits_per_dim_B, part.rate_nats_B, part.distortion_nats_B]
+        if part.iwae_nats_B is not None:
+            columns.append(part.iwae_nats_B)
+        for key, *values in zip(part.keys, *columns, strict=True):
             table.writerow([split, key, *(repr(float(value)) for value in values)])
     return rows.getvalue()
 
@@ -109,20 +109,22 @@ def _per_image(scores: dict[str, Scores]) -> str:
 def _rates(model: VDVAE, scores: dict[str, Scores]) -> dict[str, Any]:
     """The rate of each stochastic layer, top first, and of each resolution, in bits/dim."""
     layers = [entry.resolution for entry in model.decoder.layout]
-    found = {}
+    rates_by_split = {}
     for split, score in scores.items():
         rates = score.rate_bits_per_dim_L().tolist()
         by_resolution = {
-            str(resolution): sum(r for at, r in zip(layers, rates, strict=True) if at == resolution)
+            str(resolution): sum(
+                rate for layer, rate in zip(layers, rates, strict=True) if layer == resolution
+            )
             for resolution in model.decoder.resolutions
         }
-        found[split] = {"rate_bits_per_dim_by_resolution": by_resolution} | {
+        rates_by_split[split] = {"rate_bits_per_dim_by_resolution": by_resolution} | {
             "rate_bits_per_dim_by_layer": [
-                {"resolution": at, "rate_bits_per_dim": rate}
-                for at, rate in zip(layers, rates, strict=True)
+                {"resolution": layer, "rate_bits_per_dim": rate}
+                for layer, rate in zip(layers, rates, strict=True)
             ]
         }
-    return found
+    return rates_by_split
 
 
 if __name__ == "__main__":
