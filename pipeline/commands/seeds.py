@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import tracking
+from pipeline.commands.output import print_table
 from pipeline.flows import experiment
 from pipeline.flows.overrides import Overrides
 from pipeline.params import Places, load_recipe
@@ -94,7 +95,7 @@ def run_seeds(recipe: str, seeds: list[int], settings: dict[str, Any]) -> None:
     }
     path = Places.from_env().results(recipe) / "seeds.json"
     atomic_write_json(path, result)
-    print(_table(result))
+    _show(result)
     print(f"{path}; 'vdvae report' shows it")
 
 
@@ -151,41 +152,35 @@ def _spread(figures: list[dict[str, float]]) -> dict[str, Any]:
     return spread
 
 
-def _table(result: dict[str, Any]) -> str:
-    line = "{:>10}  {:10}  {:>17}  {:>8}  {:>10}  {:32}  {}"
-    lines = [
-        line.format(
-            "seed", "split", "bits/dim ± error", "rate", "distortion", "MLflow run", "experiment"
+def _show(result: dict[str, Any]) -> None:
+    heads = ("seed", "split", "bits/dim ± error", "rate", "distortion", "MLflow run", "experiment")
+    rows = [
+        (
+            row["seed"],
+            split,
+            f"{row[split]['bits_per_dim']:.4f} ± {row[split]['bits_per_dim_se']:.4f}",
+            f"{row[split]['rate_bits_per_dim']:.4f}",
+            f"{row[split]['distortion_bits_per_dim']:.4f}",
+            row["mlflow_run_id"] or "unknown to MLflow",
+            row["experiment"],
         )
+        for row in result["seeds"]
+        for split in SPLITS
     ]
-    for row in result["seeds"]:
-        for split in SPLITS:
-            figures = row[split]
-            lines.append(
-                line.format(
-                    row["seed"],
-                    split,
-                    f"{figures['bits_per_dim']:.4f} ± {figures['bits_per_dim_se']:.4f}",
-                    f"{figures['rate_bits_per_dim']:.4f}",
-                    f"{figures['distortion_bits_per_dim']:.4f}",
-                    row["mlflow_run_id"] or "unknown to MLflow",
-                    row["experiment"],
-                )
-            )
+    print_table(heads, rows)
     for split in SPLITS:
         found = result[split]
         named = zip(("", "rate ", "distortion "), FIGURES, strict=True)
-        lines.append(
+        print(
             f"{split}, mean ± spread over n = {found['n']} seeds, bits/dim: "
             + ", ".join(
                 f"{word}{found[key]['mean']:.4f} ± {found[key]['stdev']:.4f}" for word, key in named
             )
         )
-    lines.append(
+    print(
         "error: standard error over images, of one model; spread: sample standard deviation over "
         "seeds, of models scored on the same images. Neither holds the other."
     )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
