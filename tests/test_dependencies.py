@@ -17,7 +17,10 @@ _MACHINERY = {
         ("pipeline/system/exits.py", "pipeline/system/launch.py", "pipeline/system/process.py"),
         "starts and ends processes",
     ),
-    "pipeline/system/events.py": "tells how far a stage is",
+    **dict.fromkeys(
+        ("pipeline/system/events.py", "pipeline/system/progress.py"), "tells how far a stage is"
+    ),
+    "pipeline/settings.py": "says where things are, and how many processes work",
     **dict.fromkeys(
         (
             "pipeline/__init__.py",
