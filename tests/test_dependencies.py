@@ -17,9 +17,7 @@ _MACHINERY = {
         ("pipeline/system/exits.py", "pipeline/system/launch.py", "pipeline/system/process.py"),
         "starts and ends processes",
     ),
-    **dict.fromkeys(
-        ("pipeline/system/events.py", "pipeline/system/progress.py"), "tells how far a stage is"
-    ),
+    "pipeline/system/events.py": "tells how far a stage is",
     "pipeline/settings.py": "says where things are, and how many processes work",
     **dict.fromkeys(
         (
@@ -67,6 +65,7 @@ _ON_SHARDS = {
     "pipeline/shards/workers.py": "says where images are decoded",
     "vdvae/checkpoint.py": "gives back the bits that were written, or refuses them",
 }
+_BAR = "shows how far a stage is"
 _LOOKED_AT = "draws pictures to look at, which are no output of the stage"
 _WITH_A_MODEL = {
     **_ON_SHARDS,
@@ -83,6 +82,7 @@ CHANGES_NOTHING = {
             "reads back for the contact sheets what was written, checked",
         ),
         "pipeline/shards/jobs.py": "says where shards are made",
+        "pipeline/system/progress.py": _BAR,
         "pipeline/shards/workers.py": "says where images are decoded",
         "pipeline/stages/shard.py": "hands the source to the writer",
         **dict.fromkeys(
@@ -99,6 +99,7 @@ CHANGES_NOTHING = {
     "train": {
         **_ON_SHARDS,
         "pipeline/system/machine.py": "measures the machine",
+        "pipeline/system/progress.py": _BAR,
         "pipeline/params.py": "hands over the values, which DVC compares",
         "pipeline/pictures.py": _LOOKED_AT,
         "pipeline/stages/scoring.py": "hands images to vdvae/evaluate.py",
@@ -109,6 +110,7 @@ CHANGES_NOTHING = {
     "evaluate": {
         **{key: why for key, why in _WITH_A_MODEL.items() if key != "vdvae/distributed.py"},
         "pipeline/stages/scoring.py": "hands images to vdvae/evaluate.py",
+        "pipeline/system/progress.py": _BAR,
     },
     "sample": {
         **_WITH_A_MODEL,
