@@ -62,11 +62,12 @@ def read_plain_yaml(text: str) -> dict[str, Any]:
     return _merged(top, anchored)
 
 
-def _merged(value: Any, anchored: dict[str, dict[str, Any]]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    own = {key: _merged(item, anchored) for key, item in value.items() if key != "<<"}
-    return {**anchored[value["<<"][1:]], **own} if "<<" in value else own
+def _merged(values: dict[str, Any], anchored: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    merged = dict(anchored[values["<<"][1:]]) if "<<" in values else {}
+    for key, value in values.items():
+        if key != "<<":
+            merged[key] = _merged(value, anchored) if isinstance(value, dict) else value
+    return merged
 
 
 def _value(text: str, number: int) -> Any:
