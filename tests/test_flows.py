@@ -29,6 +29,7 @@ from test_overrides import BAD
 from pipeline.flows import run_recipe as flows
 from pipeline.flows.champion import evaluate_champion
 from pipeline.flows.overrides import Overrides
+from pipeline.flows.repro import StageFailed, run_stage
 from pipeline.params import load_recipe
 from pipeline.services.settings import Settings
 from pipeline.system import machine, process
@@ -216,6 +217,23 @@ def test_a_recipe_for_a_gpu_is_refused_where_there_is_none(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UserError, match=r"^train.device: 'cuda' is asked for"):
         flows._gpus_wanted(Overrides(), "digits")
+
+
+@pytest.mark.parametrize(
+    ("told", "end", "code"),
+    [(2, "exit 255", 2), (143, "exit 255", 143), (None, "exit 255", 255), (143, "kill -9 $$", 137)],
+)
+def test_a_stage_ends_with_its_own_code_unless_dvc_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: int | None, end: str, code: int
+) -> None:
+    event = f'echo \'{{"event": "end", "code": {told}}}\' > "$VDVAE_EVENTS"' if told else ":"
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{event}\n{end}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(StageFailed) as failed:
+        run_stage("train", "digits", print, print)
+    assert failed.value.code == code
 
 
 def test_a_stage_that_fails_three_times_ends_the_run_with_its_last_lines(

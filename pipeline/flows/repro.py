@@ -114,6 +114,8 @@ def run_stage(
             events.close()
     if stopped:
         raise StageFailed(target, 128 + signal.SIGTERM, list(tail), stopped=True)
+    if code < 0:  # DVC was killed: that the stage then ended by itself is no cancel
+        raise StageFailed(target, 128 - code, list(tail))
     if code:  # without a word of the stage it was killed, or DVC did not start it
         raise StageFailed(target, code if end_code is None else end_code, list(tail))
 
