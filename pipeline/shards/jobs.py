@@ -213,11 +213,17 @@ def _dask(address: str) -> Iterator[Workers]:
 
 
 def _tell_if_deserted(client: Any, address: str) -> Callable[[], None]:
-    """Says, once each time, that there are no workers to wait for."""
+    """Says, once each time, that there are no workers to wait for.
+
+    Where the client has given the scheduler up, what it returns raises CancelledError: a client
+    that closes does not always cancel what is waited for.
+    """
     told = False
 
     def tell() -> None:
         nonlocal told
+        if client.status in ("closing", "closed"):
+            raise CancelledError
         with contextlib.suppress(Exception):  # a lost scheduler is told of by what is waited for
             deserted = not client.nthreads()
             if deserted and not told:
