@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import services
 from pipeline.cli import main
+from pipeline.services import commands
 from pipeline.settings import Settings, variable
 from vdvae import UserError
 
@@ -47,6 +49,13 @@ def test_a_bad_value_is_one_sentence(
     said = str(caught.value)
     assert re.fullmatch(rf"{name}: '.*' is not .*; set it to that, or unset it for \S.*", said)
     assert len(said) < 300
+
+
+def test_an_option_of_nought_is_a_value_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VDVAE_PREFECT_PORT", "4201")
+    monkeypatch.setattr(commands, "start", lambda settings: pytest.fail(f"{settings} will do"))
+    with pytest.raises(UserError, match=r"^VDVAE_PREFECT_PORT: '0' is not "):
+        services.run("start", prefect_port=0, mlflow_port=None, s3=False)
 
 
 def test_a_secret_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:

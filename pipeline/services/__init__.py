@@ -25,7 +25,7 @@ def run(action: Action, **settings: object) -> None:
 
     Args:
         action: `supervise` is for `start` alone.
-        settings: fields of `Settings` that go before the environment's; None does not.
+        settings: fields of `Settings` that go before the environment's; None and False do not.
 
     Raises:
         UserError: what is wrong and what would help.
@@ -35,7 +35,8 @@ def run(action: Action, **settings: object) -> None:
     from pipeline.services.settings import Settings
     from pipeline.settings import variable
 
-    os.environ |= {variable(name): str(value) for name, value in settings.items() if value}
+    given = {name: value for name, value in settings.items() if value is not None}
+    os.environ |= {variable(name): str(v) for name, v in given.items() if v is not False}
     if action == "stop":
         commands.stop()
     elif action == "status":
