@@ -2,8 +2,8 @@
 
 `Settings()` reads the environment as it is at the call: flows and tests change it as they go.
 `vdvae settings` prints what is in effect; docs/settings.md takes its table from there, so meanings
-may hold Markdown's backticks. Variables by which our
-processes speak to each other stand where they are used.
+may hold Markdown's backticks. Variables by which our processes speak to each other stand where they
+are used.
 """
 
 from __future__ import annotations

@@ -30,7 +30,6 @@ from pipeline.commands.output import print_json
 from pipeline.dvc import cache_folder
 from pipeline.git import git
 from pipeline.params import Places, read_params
-from pipeline.registry.lineage import COPY
 from pipeline.registry.versions import PREFIX, Version, client_of, fetch_files
 from pipeline.services.folder import FOLDER, LOGS
 from pipeline.shards import STATES, BlockCache, Manifest
@@ -39,6 +38,7 @@ from pipeline.shards.jobs import read_record
 from pipeline.storage import Store, Stored, open_store, s3_address, shown
 from pipeline.system.commands import CommandFailed
 from pipeline.system.process import reap, try_lock
+from pipeline.tracking.run import COPY
 from pipeline.yaml_files import parse_yaml
 from vdvae.config import UserError
 

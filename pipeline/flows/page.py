@@ -200,10 +200,10 @@ class Page:
         self._link("registered-version", f"#/models/{name}/versions/{version}", text)
 
     def _link(self, key: str, address: str, text: str) -> None:
-        from pipeline.tracking import without_credentials
+        from pipeline.tracking import is_server, without_credentials
 
         server = without_credentials(self.places.tracking_uri)
-        if server.startswith(("http://", "https://")):
+        if is_server(server):
             link = f"{server.rstrip('/')}/{address}"
             create_link_artifact(link, text, self._key(key), text)
         else:

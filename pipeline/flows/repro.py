@@ -65,8 +65,6 @@ def run_stage(
         "SHELL": "/bin/sh",  # which DVC uses; a person's own may be anything
         "PYTHONUNBUFFERED": "1",
     }
-    grace = grace_seconds()
-    adopt_orphans()
     end_code: int | None = None  # the stage's own; that of DVC is always 255
 
     def take(event: dict[str, Any]) -> None:
@@ -76,8 +74,24 @@ def run_stage(
         else:
             on_event(event)
 
-    events = contextlib.ExitStack()
-    environment |= events.enter_context(listening(take))
+    with listening(take) as pipe:
+        code, tail, stopped = _follow(command, environment | pipe, on_line)
+    if stopped:
+        code = 128 + signal.SIGTERM
+    elif code < 0:  # DVC was killed: that the stage then ended by itself is no cancel
+        code = 128 - code
+    elif code and end_code is not None:  # else the stage was killed, or DVC did not start it
+        code = end_code
+    if code:
+        raise StageFailed(target, code, tail, stopped=stopped)
+
+
+def _follow(
+    command: list[str], environment: dict[str, str], on_line: Callable[[str], None]
+) -> tuple[int, list[str], bool]:
+    """Runs DVC: its exit code, the end of what was printed, and whether a signal to us ended it."""
+    grace = grace_seconds()
+    adopt_orphans()
     child = subprocess.Popen(
         command,
         env=environment,
@@ -111,13 +125,7 @@ def run_stage(
         finally:
             _end(child, grace)
             patience.cancel()
-            events.close()
-    if stopped:
-        raise StageFailed(target, 128 + signal.SIGTERM, list(tail), stopped=True)
-    if code < 0:  # DVC was killed: that the stage then ended by itself is no cancel
-        raise StageFailed(target, 128 - code, list(tail))
-    if code:  # without a word of the stage it was killed, or DVC did not start it
-        raise StageFailed(target, code if end_code is None else end_code, list(tail))
+    return code, list(tail), stopped
 
 
 @contextlib.contextmanager

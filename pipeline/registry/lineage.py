@@ -13,8 +13,6 @@ from pipeline.storage import ObjectMissing, Store
 from vdvae.config import UserError, shown
 from vdvae.files import sha256_of
 
-COPY = "lineage"  # the folder in a version that keeps manifest and dvc.lock entries as they were
-LOCK_COPY = f"{COPY}/dvc.lock.yaml"
 SUMS = "SHA256SUMS"  # in a version's folder, as `sha256sum -c` reads it
 _ADDED_BY_MLFLOW = "registered_model_meta"  # when it fetches a version by its name
 

@@ -26,7 +26,7 @@ from pipeline import tracking
 from pipeline.dvc import LOCK, lock_entries
 from pipeline.params import Places, Recipe
 from pipeline.registry.aliases import Alias, Move
-from pipeline.registry.lineage import COPY, LOCK_COPY, check_files, write_sums
+from pipeline.registry.lineage import check_files, write_sums
 from pipeline.registry.model_card import model_card
 from pipeline.registry.promotion import RULE, NotComparable, compare
 from pipeline.registry.receipt import KEYS
@@ -43,6 +43,7 @@ from pipeline.registry.versions import (
 )
 from pipeline.shards import Manifest
 from pipeline.tracking import Run
+from pipeline.tracking.run import COPY, LOCK_COPY
 from vdvae.checkpoint import CONFIG, WEIGHTS
 from vdvae.config import ModelConfig, UserError
 from vdvae.files import atomic_write_json, read_json, sha256_of

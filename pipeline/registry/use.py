@@ -30,7 +30,7 @@ from pipeline.dvc import LOCK
 from pipeline.params import PARAMS, Places
 from pipeline.pictures import shown as images_shown
 from pipeline.registry import aliases
-from pipeline.registry.lineage import COPY, LOCK_COPY, check_files, check_lock, check_shards
+from pipeline.registry.lineage import check_files, check_lock, check_shards
 from pipeline.registry.versions import (
     Version,
     client_of,
@@ -47,6 +47,7 @@ from pipeline.sources.raw import read_image
 from pipeline.sources.source import on_levels
 from pipeline.storage import open_store, shown
 from pipeline.system.progress import counted
+from pipeline.tracking.run import COPY, LOCK_COPY
 from pipeline.yaml_files import read_yaml
 from vdvae.checkpoint import CONFIG, WEIGHTS
 from vdvae.config import ModelConfig, UserError

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from pipeline import tracking
 from pipeline.params import Places
-from pipeline.registry.lineage import COPY
 from pipeline.registry.promotion import CONDITIONS, Figures, NotComparable
+from pipeline.tracking.run import COPY
 from vdvae.checkpoint import CONFIG, WEIGHTS
 from vdvae.config import UserError, shown
 from vdvae.files import read_csv, read_json, sha256_of

@@ -156,7 +156,7 @@ def open_workers() -> Iterator[Workers]:
         return
     executor = ProcessPoolExecutor(
         count,
-        # Forked before there are any threads: a fresh Python would take seconds to import torch.
+        # Forked before there are any threads: a fresh Python would import all of it again.
         mp_context=multiprocessing.get_context("fork"),
         initializer=_begin,
         initargs=(os.getpid(),),

@@ -8,7 +8,8 @@ import numpy as np
 
 from pipeline.params import Places, load_recipe
 from pipeline.pictures import save_grid, small
-from pipeline.shards import SPLITS, Manifest, ShardReader, write_shards
+from pipeline.shards import SPLITS, Manifest, write_shards
+from pipeline.shards.decode import Decoder
 from pipeline.shards.jobs import open_workers
 from pipeline.sources import open_source
 from pipeline.stages import main
@@ -63,10 +64,15 @@ def shard(recipe_name: str) -> None:
 
 def draw_contacts(manifest: Manifest, store: Store, places: Places) -> None:
     """Writes results/<recipe>/contact_<split>.png: each split's first images, as stored."""
+    decoder = Decoder(
+        recipe=manifest.recipe,
+        shape=manifest.shape,
+        num_levels=manifest.num_levels,
+        store=store,
+    )
     for split in SPLITS:
         parts: list[np.ndarray] = []
         left = CONTACTS
-        decoder = ShardReader(manifest, store, split).maker.decoder
         for shard in manifest.splits[split].shards:  # read back as training will
             x_NCHW = decoder.decode(shard).x_NCHW[:left]
             parts.append(small(np.ascontiguousarray(x_NCHW.transpose(0, 2, 3, 1))))

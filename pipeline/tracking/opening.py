@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from pipeline.dvc import LOCK
 from pipeline.git import revision_tags
 from pipeline.params import Places, project_root
 from pipeline.system.exits import innermost
@@ -96,9 +97,8 @@ def open_run(
         client.update_run(run_id, status="RUNNING")  # whatever end was told
     opened = Run(client, run_id, tracking_uri=uri, store_url=store_url, lock=claim)
     opened.log_params(params)
-    lock = Path("dvc.lock")
     data_tags = {"manifest_digest": manifest.digest} if manifest else {}
-    lock_tags = {"dvc_lock_sha256": sha256_of(lock)} if lock.exists() else {}
+    lock_tags = {"dvc_lock_sha256": sha256_of(LOCK)} if LOCK.exists() else {}
     flow_run = os.environ.get("VDVAE_FLOW_RUN")  # set by the flow for its stages
     flow_tags = {"prefect_flow_run": flow_run} if flow_run else {}
     opened.set_tags({**data_tags, **lock_tags, **flow_tags, **tags})

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from pipeline.shards import Manifest
 
+# In a run, and in a version's folder: manifest and entries of dvc.lock as they were.
+COPY = "lineage"
+LOCK_COPY = f"{COPY}/dvc.lock.yaml"
 _METRICS_A_BATCH = 1000  # MLflow's limits of one request
 _PARAMS_A_BATCH = 100  # and tags
 
@@ -183,12 +186,12 @@ class Run:
                     self.client.log_inputs(self.run_id, datasets=new)
 
     def log_lock_entries(self, recipe_name: str) -> None:
-        """Uploads the recipe's entries of dvc.lock, as they stand, as lineage/dvc.lock.yaml."""
+        """Uploads the recipe's entries of dvc.lock, as they stand, as LOCK_COPY."""
         entries = lock_entries(recipe_name)
         if entries:
             text = yaml.safe_dump(entries, sort_keys=False)
             with mlflow_errors(self._tracking_uri):
-                self.client.log_text(self.run_id, text, "lineage/dvc.lock.yaml")
+                self.client.log_text(self.run_id, text, LOCK_COPY)
 
     def finish(self, status: Status = "FINISHED", milliseconds: int | None = None) -> None:
         """Sets status and end time; a later stage may open the run again.
