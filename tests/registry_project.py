@@ -135,8 +135,8 @@ class Project:
         return int(self.client.get_registered_model(NAME).aliases["champion"])
 
     def moves(self) -> list[Move]:
-        return list(history(self.client, NAME).values())
+        return history(self.client, NAME)
 
-    def journey(self) -> list[tuple[str | None, str | None, str, str]]:
+    def journey(self) -> list[tuple[str | None, str | None, str]]:
         """The alias's moves in short."""
-        return [(move.source, move.target, move.why, move.state) for move in self.moves()]
+        return [(move.source, move.target, move.why) for move in self.moves()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -294,14 +293,13 @@ def test_an_exported_folder_needs_no_mlflow_and_comes_whole(
 
 def test_the_card_counts_what_was_left_out(registered: Project) -> None:
     manifest = Manifest.load(registered.places.manifest("tiny"))
-    source = dataclasses.replace(
-        manifest.source, notes={"left out": {"damaged": 2, "is animated": 1}}
-    )
+    notes = {"left out": {"damaged": 2, "is animated": 1}}
+    source = manifest.source.model_copy(update={"notes": notes})
     card = model_card(
         name="vdvae-tiny",
         config=registered.recipe.model,
         parameters=1,
-        manifest=dataclasses.replace(manifest, source=source),
+        manifest=manifest.model_copy(update={"source": source}),
         metrics={},
         conditions={"seed": 0},
         tags={"weights_sha256": "", "environment": ""},

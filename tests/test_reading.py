@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import random
@@ -105,9 +104,9 @@ def test_a_shard_that_could_not_be_read_ahead_is_asked_for_again(made, tmp_path)
 def test_a_window_of_many_shards_is_made_at_once(made):
     manifest, store = made
     train = manifest.splits["train"]
-    many = dataclasses.replace(train, shards=train.shards[:1] * 20_000, images=80_000)
+    many = train.model_copy(update={"shards": train.shards[:1] * 20_000, "images": 80_000})
     splits = {**manifest.splits, "train": many}
-    reader = ShardReader(dataclasses.replace(manifest, splits=splits), store, "train")
+    reader = ShardReader(manifest.model_copy(update={"splits": splits}), store, "train")
     looks = itertools.count()
 
     class Looked(tuple):

@@ -303,7 +303,7 @@ def forged(manifest: Manifest, store: Store, data: bytes) -> Manifest:
     store.put(key, data)
     shard = Shard(name="r-test-000000.tar", key=key, bytes=len(data), sha256=sha256, images=2)
     splits = {**manifest.splits, "test": Split(images=2, shards=(shard,))}
-    return dataclasses.replace(manifest, splits=splits)
+    return manifest.model_copy(update={"splits": splits})
 
 
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)

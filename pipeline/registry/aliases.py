@@ -1,9 +1,8 @@
 """Aliases that move on the record: every move is a tag of the registered model, and can be undone.
 
-MLflow keeps no history of an alias. A move is written down first as intended, then made, then
-called done, so a kill in between leaves no lie: the next call sees where the alias is and says
-whether the move happened. Moves that were made elsewhere, in MLflow's own page say, are noticed by
-the next call and written down as such.
+MLflow keeps no history of an alias. A move is written down, then made, and what happened is read
+from where the next one starts: a move that was killed in between has changed nothing, and one that
+was made elsewhere, in MLflow's own page say, is the gap between two others.
 
 Whoever moves an alias holds the lock of the model (`registry.locked_model`). On several machines
 with one MLflow server that lock is each machine's own: the alias is read again right before and
@@ -17,7 +16,8 @@ import json
 import re
 import socket
 import uuid
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +26,7 @@ from vdvae.config import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import RegisteredModel
 
 # The end is random: another machine may take the same number at the same moment.
 _TAG = re.compile(r"move\.(\d{6})\.[0-9a-f]{4}")
@@ -42,9 +43,8 @@ class Move:
     target: str | None  # the version that gets it
     why: Why
     comparison: Comparison | None = None  # where one was made
-    who: str = ""  # user@machine
-    when: str = ""  # UTC
-    state: Literal["intended", "done", "abandoned"] = "intended"
+    who: str = "unknown"  # user@machine
+    when: str = "unknown"  # UTC
 
     def to_json(self) -> str:
         """The tag's text."""
@@ -52,9 +52,11 @@ class Move:
         return json.dumps({names.get(key, key): value for key, value in asdict(self).items()})
 
     @classmethod
-    def from_json(cls, text: str) -> Move:
-        """Reads what `to_json` wrote."""
+    def from_json(cls, text: str) -> Move | None:
+        """Reads what `to_json` wrote; None: a move that earlier versions called abandoned."""
         values = json.loads(text)
+        if values.pop("state", "done") == "abandoned":
+            return None
         values["source"], values["target"] = values.pop("from"), values.pop("to")
         found = values["comparison"]
         if found is not None:
@@ -65,30 +67,24 @@ class Move:
         text = f"{self.alias}: {self.source or 'none'} -> {self.target or 'none'}, {self.why}"
         if self.comparison:
             text += f" by {self.comparison}"
-        return text + (f" ({self.state})" if self.state != "done" else "")
+        return text
 
 
 class Alias:
-    """One alias of one registered model, and its history. Its lock must be held.
-
-    Making one settles what a killed call left open, and what was moved elsewhere.
-    """
+    """One alias of one registered model, and its history. Its lock must be held to move it."""
 
     def __init__(self, client: MlflowClient, model: str, alias: str) -> None:
         self._client = client
         self.model, self.alias = model, alias
-        self._settle()
 
     @property
     def holder(self) -> str | None:
         """The version that has the alias now."""
-        found = self._client.get_registered_model(self.model).aliases.get(self.alias)
-        return None if found is None else str(found)
+        return _holders(self._client.get_registered_model(self.model)).get(self.alias)
 
-    def history(self) -> dict[str, Move]:
-        """Every move of this alias by the name of its tag, the oldest first."""
-        moves = history(self._client, self.model)
-        return {tag: move for tag, move in moves.items() if move.alias == self.alias}
+    def history(self) -> list[Move]:
+        """Every move of this alias, the oldest first."""
+        return [move for move in history(self._client, self.model) if move.alias == self.alias]
 
     def move(
         self, source: str | None, target: str, why: Why, comparison: Comparison | None = None
@@ -98,15 +94,17 @@ class Alias:
         Returns:
             False where somebody on another machine has moved it too: decide again.
         """
-        if self.holder != source:
+        model = self._client.get_registered_model(self.model)
+        if _holders(model).get(self.alias) != source:
             return False
+        taken = [int(found[1]) for found in map(_TAG.fullmatch, model.tags) if found]
         move = Move(
             alias=self.alias, source=source, target=target, why=why, comparison=comparison,
-            who=_who(), when=_now(),
+            who=_who(), when=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
-        tag = self._record(move)
+        tag = f"move.{max(taken, default=0) + 1:06d}.{uuid.uuid4().hex[:4]}"
+        self._client.set_registered_model_tag(self.model, tag, move.to_json())
         self._client.set_registered_model_alias(self.model, self.alias, target)
-        self._record(replace(move, state="done"), tag)
         return self.holder == target
 
     def rollback(self) -> Move:
@@ -130,72 +128,70 @@ class Alias:
                 f"{self.model}@{self.alias}: was moved by somebody else at the same moment; "
                 f"look with 'vdvae models show {self.model}' before you roll back again"
             )
-        return list(self.history().values())[-1]
+        return self.history()[-1]
 
     def _before(self, holder: str | None) -> str | None:
-        there = {
-            str(version.version)
-            for version in self._client.search_model_versions(f"name = '{self.model}'")
-        }
+        versions = self._client.search_model_versions(f"name = '{self.model}'")
+        there = {str(version.version) for version in versions}
         holders: list[str | None] = []
-        for move in self.history().values():
-            if move.state == "done" and move.why == "rollback":
+        for move in self.history():
+            if move.why == "rollback":
                 while holders and holders[-1] != move.target:
                     holders.pop()
-            elif move.state == "done":
+            else:
                 holders.append(move.target)
         earlier = [version for version in holders if version in there and version != holder]
         return earlier[-1] if earlier else None
 
-    def _settle(self) -> None:
-        moves, holder = self.history(), self.holder
-        for tag, move in moves.items():
-            if move.state == "intended":
-                happened = holder == move.target
-                move = replace(move, state="done" if happened else "abandoned")
-                self._record(move, tag)
-                moves[tag] = move
-        done = [move.target for move in moves.values() if move.state == "done"]
-        known = done[-1] if done else None
-        if known != holder:
-            found: Why = "found moved"
-            self._record(
-                Move(
-                    alias=self.alias, source=known, target=holder, why=found,
-                    who="unknown", when=_now(), state="done",
-                )
-            )  # fmt: skip
 
-    def _record(self, move: Move, tag: str | None = None) -> str:
-        if tag is None:
-            taken = history(self._client, self.model)
-            number = 1 + max((int(key.split(".")[1]) for key in taken), default=0)
-            tag = f"move.{number:06d}.{uuid.uuid4().hex[:4]}"
-        self._client.set_registered_model_tag(self.model, tag, move.to_json())
-        return tag
-
-
-def history(client: MlflowClient, model: str) -> dict[str, Move]:
-    """Every recorded move of a model's aliases by the name of its tag, the oldest first.
+def history(client: MlflowClient, model: str) -> list[Move]:
+    """Every move of a model's aliases that happened; of each alias the oldest first.
 
     Raises:
         UserError: somebody has edited one beyond recognition.
     """
-    moves = {}
-    for tag, text in sorted(client.get_registered_model(model).tags.items()):
+    registered = client.get_registered_model(model)
+    moves: list[Move] = []
+    for tag, text in sorted(registered.tags.items()):
         if _TAG.fullmatch(tag):
             try:
-                moves[tag] = Move.from_json(text)
+                move = Move.from_json(text)
             except (ValueError, LookupError, TypeError, AttributeError):
                 raise UserError(
                     f"{model}: its tag {tag} is no move of an alias any more; "
                     f"delete that tag in MLflow"
                 ) from None
-    return moves
+            moves += [] if move is None else [move]
+    holders = _holders(registered)
+    names = dict.fromkeys([*(move.alias for move in moves), *holders])
+    return [
+        move
+        for name in names
+        for move in _happened(name, [m for m in moves if m.alias == name], holders.get(name))
+    ]
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _happened(alias: str, recorded: Sequence[Move], holder: str | None) -> list[Move]:
+    """What led an alias from nobody to its holder, as far as the records tell."""
+    happened: list[Move] = []
+    at: str | None = None  # the holder so far
+
+    def elsewhere(target: str | None) -> None:
+        if at != target:
+            happened.append(Move(alias=alias, source=at, target=target, why="found moved"))
+
+    for move, then in zip(recorded, [*(m.source for m in recorded[1:]), holder], strict=True):
+        elsewhere(move.source)
+        at = move.source
+        if then != move.source:  # else it was killed before it was made
+            happened.append(move)
+            at = move.target
+    elsewhere(holder)
+    return happened
+
+
+def _holders(registered: RegisteredModel) -> dict[str, str]:
+    return {alias: str(version) for alias, version in registered.aliases.items()}
 
 
 def _who() -> str:

@@ -189,7 +189,7 @@ def promote(reference: str, alias: str, places: Places) -> Move:
                 f"{name}@{alias}: was moved by somebody else at the same moment; "
                 f"look with 'vdvae models show {name}@{alias}' before you choose again"
             )
-        return list(held.history().values())[-1]
+        return held.history()[-1]
 
 
 def locked_model(name: str, places: Places) -> AbstractContextManager[None]:
@@ -423,7 +423,7 @@ def _decide(client: MlflowClient, alias: Alias, version: Version, confidence: fl
         if holder is None and alias.move(None, number, "first"):
             decision = f"{alias.alias}: first, {_figure(version)}"
         elif holder == number:  # killed after the alias moved
-            decision = str(list(alias.history().values())[-1])
+            decision = str(alias.history()[-1])
         elif holder is not None:
             decision = _challenge(client, alias, version, holder, confidence)
     client.set_model_version_tag(version.name, number, _DECISION, decision)

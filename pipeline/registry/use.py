@@ -92,7 +92,7 @@ def describe(reference: str) -> dict[str, Any]:
         manifest_path, lock = fetch_files(client, version, copies, Path(folder))
         manifest = Manifest.load(manifest_path)
         run = client.get_run(version.run_id)
-        moves = aliases.history(client, version.name).values()
+        moves = aliases.history(client, version.name)
         splits = {split: version.figure(split) for split in ("validation", "test")}
         return {
             "name": version.name,

@@ -5,15 +5,14 @@ It is written last. Nothing of it is trusted when it is read back.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
 import math
-import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from pipeline.params import RECIPE
 from vdvae.config import UserError, shown
@@ -26,57 +25,98 @@ _IMAGE_BYTES = 4096  # most that an image takes in a tar beside twice its pixels
 _END_BYTES = 20 * 512  # of a tar
 LEFT_OUT = "left out"  # the note that counts files which are no images, by reason
 
+Count = Annotated[int, Field(ge=0, le=2**50)]
+Positive = Annotated[int, Field(ge=1, le=2**50)]
+Side = Annotated[int, Field(ge=1, le=4096)]
+Grey = Annotated[float, Field(ge=0, le=255)]
+Text = Annotated[str, Field(max_length=1000)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Key = Annotated[str, Field(pattern=f"^{KEY}$")]
+A_LIST = Strict(False)  # JSON has no tuples
 
-@dataclass(frozen=True, kw_only=True)
-class Shard:
+
+class _Checked(BaseModel):
+    """Each field of its type and within its bounds, none missing and none unknown."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Shard(_Checked):
     """One tar in the store."""
 
     name: str  # <recipe>-<split>-<number>.tar
     key: str  # in the store: shards/<recipe>/<sha256>.tar
-    bytes: int
-    sha256: str
-    images: int
+    bytes: Positive
+    sha256: Sha256
+    images: Positive
 
 
-@dataclass(frozen=True, kw_only=True)
-class Split:
+class Split(_Checked):
     """A part of the data with its shards in order."""
 
-    images: int
-    shards: tuple[Shard, ...]
+    images: Positive
+    shards: Annotated[tuple[Shard, ...], A_LIST]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceFacts:
+class SourceFacts(_Checked):
     """Where the images came from."""
 
-    name: str
-    terms: str
-    fingerprint: str  # sha256 over keys and pixels as the source gave them
+    name: Text
+    terms: Text
+    fingerprint: Sha256  # over keys and pixels as the source gave them
     notes: dict[str, Any]  # what was converted, skipped or unusual
 
 
-@dataclass(frozen=True, kw_only=True)
-class Duplicates:
+class Duplicates(_Checked):
     """Images whose stored pixels are exactly those of another one."""
 
-    within: dict[str, int]  # by split: images that could go, with one of each kept
-    across: dict[str, int]  # by 'train and test' and the like: pictures that both have
-    examples: tuple[tuple[str, str], ...]  # keys of some: the first with such pixels, a later one
+    within: dict[str, Count]  # by split: images that could go, with one of each kept
+    across: dict[str, Count]  # by 'train and test' and the like: pictures that both have
+    # Keys of some: the first with such pixels, a later one.
+    examples: Annotated[tuple[Annotated[tuple[Key, Key], A_LIST], ...], A_LIST]
+
+    @model_validator(mode="after")
+    def _of_all_splits(self) -> Self:
+        pairs = {f"{one} and {other}" for one, other in itertools.combinations(SPLITS, 2)}
+        if self.within.keys() != set(SPLITS) or self.across.keys() != pairs:
+            raise ValueError(f"are not counted for each of {', '.join(SPLITS)} and each pair")
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
+class Manifest(_Checked):
     """Everything about a recipe's data. `mean` and `std`: over all pixels of train, in 0..255."""
 
-    recipe: str
-    shape: tuple[int, int, int]  # H, W, C
-    num_levels: int
-    mean: float
-    std: float
+    recipe: Annotated[str, Field(pattern=f"^{RECIPE}$")]
+    shape: Annotated[tuple[Side, Side, Annotated[int, Field(ge=1, le=3)]], A_LIST]  # H, W, C
+    num_levels: Annotated[int, Field(ge=1, le=256)]
+    mean: Grey
+    std: Grey
     source: SourceFacts
     splits: dict[str, Split]
     duplicates: Duplicates | None = None  # None in manifests of before they were counted
+
+    @model_validator(mode="after")
+    def _of_one_piece(self) -> Self:
+        if self.splits.keys() != set(SPLITS):
+            raise ValueError(f"splits: are not {', '.join(SPLITS)}")
+        # A reader holds the bytes and then the pixels: both are bounded here, as the writer does.
+        pixels = math.prod(self.shape)
+        most = max(1, SHARD_BYTES // pixels)
+        for split, part in self.splits.items():
+            for number, shard in enumerate(part.shards):
+                bytes_ = shard.images * (2 * pixels + _IMAGE_BYTES) + _END_BYTES
+                for field, holds in (
+                    ("name", shard.name == shard_name(self.recipe, split, number)),
+                    ("key", shard.key == shard_key(self.recipe, shard.sha256)),
+                    ("images", shard.images <= most),
+                    ("bytes", shard.bytes <= bytes_),
+                ):
+                    if not holds:
+                        where = f"splits.{split}.shards.{number}.{field}"
+                        raise ValueError(f"{where}: {shown(getattr(shard, field))} does not fit")
+            if part.images != sum(shard.images for shard in part.shards):
+                raise ValueError(f"splits.{split}.images: is not the sum over its shards")
+        return self
 
     @property
     def digest(self) -> str:
@@ -95,10 +135,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as it is written."""
-        facts = dataclasses.asdict(self)
-        if self.duplicates is None:
-            del facts["duplicates"]
-        return facts
+        return self.model_dump(mode="json", exclude=None if self.duplicates else {"duplicates"})
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
@@ -113,128 +150,12 @@ class Manifest:
         except FileNotFoundError:
             raise UserError(f"{path}: not found; {remedy}") from None
         try:
-            return _manifest(value)
-        except ValueError as error:
-            raise UserError(f"{path}: is damaged ({error}); {remedy}") from None
-
-
-def _manifest(value: Any) -> Manifest:
-    top = _object(
-        {"duplicates": None, **value} if isinstance(value, dict) else value,
-        Manifest,
-        "the manifest",
-    )
-    recipe = _text(top["recipe"], "recipe", RECIPE)
-    shape = top["shape"]
-    if not isinstance(shape, list) or len(shape) != 3:
-        raise ValueError(f"shape: {shown(shape)} is not [height, width, channels]")
-    splits = top["splits"]
-    if not isinstance(splits, dict) or sorted(splits) != sorted(SPLITS):
-        raise ValueError(f"splits: are not {', '.join(SPLITS)}")
-    source = _object(top["source"], SourceFacts, "source")
-    if not isinstance(source["notes"], dict):
-        raise ValueError("source.notes: is not an object")
-    sizes = (
-        _count(shape[0], "shape", 4096),
-        _count(shape[1], "shape", 4096),
-        _count(shape[2], "shape", 3),
-    )
-    return Manifest(
-        recipe=recipe,
-        shape=sizes,
-        num_levels=_count(top["num_levels"], "num_levels", 256),
-        mean=_gray(top["mean"], "mean"),
-        std=_gray(top["std"], "std"),
-        source=SourceFacts(
-            name=_text(source["name"], "source.name"),
-            terms=_text(source["terms"], "source.terms"),
-            fingerprint=_text(source["fingerprint"], "source.fingerprint", "[0-9a-f]{64}"),
-            notes=source["notes"],
-        ),
-        splits={name: _split(splits[name], recipe, name, math.prod(sizes)) for name in SPLITS},
-        duplicates=_duplicates(top["duplicates"]),
-    )
-
-
-def _duplicates(value: Any) -> Duplicates | None:
-    if value is None:
-        return None
-    top = _object(value, Duplicates, "duplicates")
-    pairs = [f"{one} and {other}" for one, other in itertools.combinations(SPLITS, 2)]
-    for name, keys in (("within", list(SPLITS)), ("across", pairs)):
-        counts = top[name]
-        if not isinstance(counts, dict) or sorted(counts) != sorted(keys):
-            raise ValueError(f"duplicates.{name}: does not have the keys {', '.join(keys)}")
-        for key, count in counts.items():
-            if count != 0:
-                _count(count, f"duplicates.{name}.{key}")
-    examples = top["examples"]
-    if not isinstance(examples, list) or any(
-        not isinstance(pair, list) or len(pair) != 2 for pair in examples
-    ):
-        raise ValueError("duplicates.examples: is not a list of pairs")
-    return Duplicates(
-        within=top["within"],
-        across=top["across"],
-        examples=tuple(
-            (
-                _text(one, "duplicates.examples", KEY),
-                _text(other, "duplicates.examples", KEY),
-            )
-            for one, other in examples
-        ),
-    )
-
-
-def _split(value: Any, recipe: str, split: str, pixels: int) -> Split:
-    """A part of the data whose images have so many bytes of pixels each."""
-    where = f"splits.{split}"
-    top = _object(value, Split, where)
-    if not isinstance(top["shards"], list):
-        raise ValueError(f"{where}.shards: is not a list")
-    shards = []
-    for number, item in enumerate(top["shards"]):
-        place = f"{where}.shards[{number}]"
-        fields = _object(item, Shard, place)
-        sha256 = _text(fields["sha256"], f"{place}.sha256", "[0-9a-f]{64}")
-        size = fields["bytes"]
-        expected = {"name": shard_name(recipe, split, number), "key": shard_key(recipe, sha256)}
-        for key, text in expected.items():
-            if fields[key] != text:
-                raise ValueError(f"{place}.{key}: {shown(fields[key])} is not {text!r}")
-        # A reader holds the bytes and then the pixels: both are bounded here, as the writer does.
-        images = _count(fields["images"], f"{place}.images", max(1, SHARD_BYTES // pixels))
-        _count(size, f"{place}.bytes", images * (2 * pixels + _IMAGE_BYTES) + _END_BYTES)
-        shards.append(Shard(bytes=size, sha256=sha256, images=images, **expected))
-    images = _count(top["images"], f"{where}.images")
-    if images != sum(shard.images for shard in shards):
-        raise ValueError(f"{where}.images: {images} is not the sum over its shards")
-    return Split(images=images, shards=tuple(shards))
-
-
-def _object(value: Any, kind: type, where: str) -> dict[str, Any]:
-    names = [item.name for item in dataclasses.fields(kind)]
-    if not isinstance(value, dict) or sorted(value) != sorted(names):
-        raise ValueError(f"{where}: does not have the keys {', '.join(names)}")
-    return value
-
-
-def _text(value: Any, where: str, pattern: str = r".{0,1000}") -> str:
-    if not isinstance(value, str) or not re.fullmatch(pattern, value):
-        raise ValueError(f"{where}: {shown(value)} is not a text as expected")
-    return value
-
-
-def _count(value: Any, where: str, most: int = 2**50) -> int:
-    if type(value) is not int or not 1 <= value <= most:
-        raise ValueError(f"{where}: {shown(value)} is not a whole number from 1 to {most}")
-    return value
-
-
-def _gray(value: Any, where: str) -> float:
-    if type(value) is not float or not 0 <= value <= 255:
-        raise ValueError(f"{where}: {shown(value)} is not a number from 0 to 255")
-    return value
+            return cls.model_validate(value)
+        except ValidationError as errors:
+            first = errors.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            reason = f"{where}: {first['msg']}, not {shown(first['input'])}" if where else first["msg"]
+            raise UserError(f"{path}: is damaged ({reason}); {remedy}") from None
 
 
 def shard_name(recipe: str, split: str, number: int) -> str:
