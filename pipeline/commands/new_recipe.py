@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.mergevalue import MergeValue
 
@@ -33,7 +34,6 @@ from pipeline.shards.writer import mean_std
 from pipeline.sources.decode import OddImage
 from pipeline.sources.folder import READ, Folder, file_of
 from pipeline.storage import shown_url
-from pipeline.system import machine
 from vdvae.config import ModelConfig, TrainConfig, UserError, shown
 from vdvae.files import path_of
 
@@ -266,7 +266,7 @@ def _fit(
     cuda = torch.cuda.is_available()
     memory = memory_gib and memory_gib * 2**30
     if memory is None:
-        memory = torch.cuda.mem_get_info()[1] if cuda else machine.memory_bytes()["MemTotal"]
+        memory = torch.cuda.mem_get_info()[1] if cuda else psutil.virtual_memory().total
     slow = not cuda and memory_gib is None
     scales = [
         scale

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from pipeline.dvc import STAGES, pending
 from pipeline.params import Places, Recipe, load_recipe
 from pipeline.shards import Manifest
@@ -140,7 +142,7 @@ def _hours(recipe: Recipe, found: Summary, ranks: int) -> str:
     free = (
         torch.cuda.mem_get_info(device)[0]
         if device.type == "cuda"
-        else machine.memory_bytes()["MemAvailable"]
+        else psutil.virtual_memory().available
     )
     images_at_once = _at_once(recipe, ranks)
     needed = _WORK_SPACE * _training_bytes(recipe, found, images_at_once)

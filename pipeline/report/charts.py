@@ -1,22 +1,48 @@
-"""Line charts as inline SVG: no script, no image; colours are the page's, so light and dark work.
-
-The page styles the classes `chart`, `grid`, `band`, `level`, `mark` and, for the lines in order,
-`s1` to `s12`.
-"""
+"""Charts by matplotlib: SVG in the page's colours, light and dark, with text that is text; PNG."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 WIDTH, HEIGHT = 360, 240  # about what a chart measures on the page, so that text keeps its size
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 26, 40  # margins
-_WIDE, _TALL = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM  # of the frame
+# The page's light colours; in SVG their places are taken by its variables of these names.
+LIGHT = {
+    "card": "#ffffff", "ink": "#1c1b19", "soft": "#5c5952", "line": "#dfdbd2", "band": "#f1efe9",
+    "warn": "#8a2b06", "s1": "#1f5fa8", "s2": "#b4470a", "s3": "#2b7a4b", "s4": "#7c3d97",
+    "s5": "#7d6608", "s6": "#a3286a",
+}  # fmt: skip
 _MOST = 400  # points of a line; more would not be seen
+_DASHES = ((), (5, 2), (1.5, 2))  # of lines, beside their colours
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vdvae",  # the same chart is the same text
+    "text.parse_math": False,
+    "font.size": 9,
+    "text.color": LIGHT["soft"],
+    "xtick.color": LIGHT["soft"],
+    "ytick.color": LIGHT["soft"],
+    "axes.labelcolor": LIGHT["soft"],
+    "axes.edgecolor": LIGHT["line"],
+    "axes.facecolor": "none",
+    "axes.titlesize": "medium",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.formatter.useoffset": False,
+}
+_NOTHING = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 Point = tuple[float, float]
 
@@ -28,6 +54,21 @@ class Line:
     name: str
     points: Sequence[Point]
     thin: Callable[[Sequence[float]], float] = fmean  # many neighbours become one: their mean
+    errors: Sequence[float] = ()  # half a bar at each point
+
+    def finite(self, positive: bool) -> list[Point]:
+        """At most 400 finite points, above zero where `positive`."""
+        points = [
+            (x, y) for x, y in self.points if math.isfinite(x + y) and (y > 0 or not positive)
+        ]
+        size = math.ceil(len(points) / _MOST) or 1
+        parts = [points[start : start + size] for start in range(0, len(points), size)]
+        return [(part[-1][0], self.thin([y for _, y in part])) for part in parts]
+
+
+def line_style(number: int) -> tuple[str, tuple[float, ...]]:
+    """Colour, as a name of LIGHT, and dashes and gaps of the line of this number, from 0."""
+    return f"s{number % 6 + 1}", _DASHES[number % 2 if number < 6 else 2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,133 +84,105 @@ class Chart:
     levels: Sequence[tuple[str, float]] = ()  # named horizontal lines
     mark: tuple[str, Point] | None = None  # one named point
     bands: Sequence[tuple[str, float, float]] = ()  # name, x from, x to
+    x_ticks: Sequence[str] = ()  # names of x = 0, 1, and so on, where x is no number
 
     def svg(self) -> Markup:
         """The chart, with each line's last value as text alternative; "" without points."""
-        lines = [_finite(line, self.log) for line in self.lines]
-        lines_with_points = [line for line in lines if line.points]
-        if not lines_with_points:
-            return Markup("")
-        axes = _Axes(self, lines_with_points)
-        inside = [*_background(self, axes), *_curves(axes, lines)]  # the frame cuts these off
-        frame = Markup('<svg x="{}" y="{}" width="{}" height="{}">{}</svg>').format(
-            _LEFT, _TOP, _WIDE, _TALL, Markup("").join(inside)
-        )
-        ends = (f"{line.name} ends at {_number(line.points[-1][1])}" for line in lines_with_points)
-        return Markup(
-            '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg>'
-        ).format(
-            WIDTH,
-            HEIGHT,
-            f"{self.title}: {'; '.join(ends)}.",
-            frame,
-            Markup("").join(_labels(self, axes)),
-        )
-
-
-class _Axes:
-    """Ticks, and where values lie within the frame, from its top left corner."""
-
-    def __init__(self, chart: Chart, lines: Sequence[Line]) -> None:
-        points = [point for line in lines for point in line.points]
-        self.low, self.high = min(x for x, _ in points), max(x for x, _ in points)
-        if chart.bands:
-            self.low, self.high = chart.bands[0][1], chart.bands[-1][2]
-        start = self.low + chart.settle * (self.high - self.low)
-        values = [y for x, y in points if x >= start] + [y for _, y in chart.levels]
-        self.y_ticks = (_decades if chart.log else _round_numbers)(min(values), max(values))
-        self.x_ticks = [
-            value
-            for value in _round_numbers(self.low, self.high, 5)
-            if self.low <= value <= self.high and float(value).is_integer()  # steps, layers
+        ends = [
+            f"{line.name} ends at {points[-1][1]:.4g}"
+            for line in self.lines
+            if (points := line.finite(self.log))
         ]
-        self._scale: Callable[[float], float] = math.log10 if chart.log else float
-        self._bottom, self._top = map(self._scale, (self.y_ticks[0], self.y_ticks[-1]))
+        if not ends:
+            return Markup("")
+        text = self._saved("svg").decode()
+        text = re.sub(r' id="[a-z0-9]+_\d+"', "", text[text.index("<svg") :])  # each chart has them
+        for name, colour in LIGHT.items():
+            text = text.replace(colour, f"var(--{name})")
+        return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"{}').format(
+            WIDTH, HEIGHT, f"{self.title}: {'; '.join(ends)}.", Markup(text[text.index(">") :])
+        )
 
-    def x(self, value: float) -> float:
-        return round((value - self.low) / ((self.high - self.low) or 1) * _WIDE, 1)
+    def png(self) -> bytes:
+        """The same in light colours, with its title and a legend."""
+        return self._saved("png")
 
-    def y(self, value: float) -> float:
-        return round((self._top - self._scale(value)) / (self._top - self._bottom) * _TALL, 1)
+    def _saved(self, kind: str) -> bytes:
+        from matplotlib import rc_context
 
+        with rc_context(_STYLE):
+            file = io.BytesIO()
+            figure = self.figure(legend=kind == "png")
+            if kind == "svg":
+                figure.savefig(file, format=kind, metadata=_NOTHING, transparent=True)
+            else:
+                figure.savefig(file, format=kind, dpi=180)
+        return file.getvalue()
 
-def _background(chart: Chart, axes: _Axes) -> Iterator[Markup]:
-    for number, (name, low, high) in enumerate(chart.bands):
-        left, wide = axes.x(low), round(axes.x(high) - axes.x(low), 1)
-        yield _tag("rect", "band odd" if number % 2 else "band", x=left, width=wide, height=_TALL)
-        if wide > 6 * len(name):  # else it would run into the next one
-            yield _text("", left + wide / 2, 12, name)
-    for value in axes.y_ticks:
-        yield _tag("line", "grid", x2=_WIDE, y1=axes.y(value), y2=axes.y(value))
-    for number, (name, value) in enumerate(chart.levels):
-        y = axes.y(value)
-        yield _tag("line", "level", x2=_WIDE, y1=y, y2=y)
-        # Right and left in turn, so that names of levels near each other do not meet.
-        side, x = ("start", 4) if number % 2 else ("end", _WIDE - 4)
-        yield _text(f"level-name {side}", x, y - 4 if y > 14 else y + 13, name)
+    def figure(self, legend: bool = False) -> Figure:
+        """The chart as matplotlib's."""
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
-
-def _curves(axes: _Axes, lines: Sequence[Line]) -> Iterator[Markup]:
-    for number, line in enumerate(lines, 1):
-        path = " ".join(f"{axes.x(x)},{axes.y(y)}" for x, y in _thinned(line))
-        yield _tag("polyline", f"s{number}", points=path)
-
-
-def _labels(chart: Chart, axes: _Axes) -> Iterator[Markup]:
-    for value in axes.y_ticks:
-        yield _text("end", _LEFT - 6, _TOP + axes.y(value) + 4, _number(value, chart.log))
-    for value in axes.x_ticks:
-        yield _text("", _LEFT + axes.x(value), HEIGHT - _BOTTOM + 16, _number(value))
-    yield _text("", _LEFT + _WIDE / 2, HEIGHT - 4, chart.x_label)
-    yield _text("start", 2, 11, chart.y_label)
-    if chart.mark is not None:
-        name, (x, y) = chart.mark
-        x, y = _LEFT + axes.x(x), _TOP + axes.y(y)
-        yield _tag("circle", "mark", cx=x, cy=y, r=4)
-        yield _text("mark-name end" if x > WIDTH / 2 else "mark-name start", x, y - 10, name)
-
-
-def _finite(line: Line, positive: bool) -> Line:
-    points = [(x, y) for x, y in line.points if math.isfinite(x + y) and (y > 0 or not positive)]
-    return Line(name=line.name, points=points, thin=line.thin)
-
-
-def _thinned(line: Line) -> list[Point]:
-    size = math.ceil(len(line.points) / _MOST) or 1
-    parts = [line.points[start : start + size] for start in range(0, len(line.points), size)]
-    return [(part[-1][0], line.thin([y for _, y in part])) for part in parts]
-
-
-def _round_numbers(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten that enclose low and high; 0 where it is near."""
-    low = 0.0 if 0 < low < high / 2 else low
-    span = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / wanted))
-    step = min((power * k for k in (1, 2, 5, 10)), key=lambda step: abs(span / step - wanted))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [step * k for k in range(first, max(last, first + 1) + 1)]
-
-
-def _decades(low: float, high: float) -> list[float]:
-    """Powers of ten that enclose low and high, at most about six of them."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    step = max(1, math.ceil((last - first) / 6))
-    return [10.0**k for k in range(first, max(last, first + 1) + step, step)]
-
-
-def _number(value: float, power: bool = False) -> str:
-    if power and not 1e-3 <= value < 1e5:
-        return f"1e{round(math.log10(value))}"
-    if 10_000 <= abs(value) < 1e9:
-        return f"{value / 1000:.4g}k" if abs(value) < 1e6 else f"{value / 1e6:.4g}M"
-    return f"{value:.4g}"
-
-
-def _tag(name: str, kind: str, **attributes: object) -> Markup:
-    pairs = Markup(" ").join(Markup('{}="{}"').format(key, attributes[key]) for key in attributes)
-    return Markup('<{} class="{}" {}/>').format(name, kind, pairs)
-
-
-def _text(kind: str, x: float, y: float, text: str) -> Markup:
-    place = (round(x, 1), round(y, 1))
-    return Markup('<text class="{}" x="{}" y="{}">{}</text>').format(kind, *place, text)
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(f"{self.title}, {self.y_label}" if legend else self.y_label)
+        axes.set_xlabel(self.x_label)
+        axes.tick_params(length=0)
+        axes.grid(axis="y", color=LIGHT["line"])
+        axes.set_axisbelow(True)
+        settled: list[float] = [y for _, y in self.levels]
+        for number, line in enumerate(self.lines):
+            points = line.finite(self.log)
+            if not points:
+                continue
+            colour, dashes = line_style(number)
+            x, y = zip(*points, strict=True)
+            style = {"color": LIGHT[colour], "linewidth": 1.6}
+            style |= {"linestyle": (0, dashes)} if dashes else {}
+            if line.errors:
+                axes.errorbar(x, y, line.errors, label=line.name, capsize=3, marker="o", **style)
+            else:
+                axes.plot(x, y, label=line.name, **style)
+            start = x[0] + self.settle * (x[-1] - x[0])
+            settled += [value for at, value in points if at >= start]
+        if self.log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        if self.settle and max(settled) > min(settled):
+            room = 0.06 * (max(settled) - min(settled))
+            axes.set_ylim(min(settled) - room, max(settled) + room)
+        if self.x_ticks:
+            axes.set_xticks(range(len(self.x_ticks)), self.x_ticks)
+            axes.margins(x=0.1)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))  # steps, layers
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.margins(x=0.0)
+        for number, (name, value) in enumerate(self.levels):
+            axes.axhline(value, color=LIGHT["warn"], linestyle=":")
+            # Right and left in turn, so that names of levels near each other do not meet.
+            axes.annotate(
+                name, (1 - number % 2, value), (0, 3), color=LIGHT["warn"],
+                xycoords=axes.get_yaxis_transform(), textcoords="offset points",
+                ha="left" if number % 2 else "right",
+            )  # fmt: skip
+        whole = (self.bands[-1][2] - self.bands[0][1]) if self.bands else 1
+        for number, (name, low, high) in enumerate(self.bands):
+            axes.axvspan(low, high, color=LIGHT["band"] if number % 2 else "none", zorder=-1)
+            if (high - low) / whole > len(name) / 50:  # else it would run into the next one
+                axes.annotate(
+                    name, ((low + high) / 2, 1), (0, -10), ha="center",
+                    xycoords=axes.get_xaxis_transform(), textcoords="offset points",
+                )  # fmt: skip
+        if self.mark is not None:
+            name, point = self.mark
+            axes.plot(*point, "o", color=LIGHT["s2"], markeredgecolor=LIGHT["card"], clip_on=False)
+            right = point[0] > sum(axes.get_xlim()) / 2
+            axes.annotate(
+                name, point, (0, 8), textcoords="offset points", color=LIGHT["ink"],
+                ha="right" if right else "left", weight="bold",
+            )  # fmt: skip
+        if legend and len(self.lines) > 1:
+            axes.legend(frameon=False)
+        return figure

@@ -19,6 +19,7 @@ from pipeline import tracking
 from pipeline.dvc import LOCK, damaged, lock_entries
 from pipeline.params import Places, Recipe, load_recipe, read_params
 from pipeline.registry.receipt import registration, remedy
+from pipeline.report.charts import LIGHT, line_style
 from pipeline.report.figures import (
     draw_samples,
     open_model,
@@ -70,6 +71,8 @@ def write_report(
         parts=parts,
         rows=_rows(parts, [recipe for recipe in recipes if recipe not in done]),
         table_2=TABLE_2,
+        light=LIGHT,
+        line_style=line_style,
         version=__version__,
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )

@@ -154,7 +154,9 @@ class Manifest(_Checked):
         except ValidationError as errors:
             first = errors.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            reason = f"{where}: {first['msg']}, not {shown(first['input'])}" if where else first["msg"]
+            reason = (
+                f"{where}: {first['msg']}, not {shown(first['input'])}" if where else first["msg"]
+            )
             raise UserError(f"{path}: is damaged ({reason}); {remedy}") from None
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
+
 from pipeline.system.process import named_gpus
 
 _PACKAGES = ("torch", "numpy", "mlflow", "dvc", "prefect")
@@ -24,7 +26,7 @@ def facts(device: str) -> dict[str, str]:
     found = {
         "hardware.cpu": processor(),
         "hardware.cores": str(len(os.sched_getaffinity(0))),
-        "hardware.memory_gib": f"{memory_bytes()['MemTotal'] / 2**30:.1f}",
+        "hardware.memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}",
         "environment.platform": platform.platform(),
         "environment.python": platform.python_version(),
     }
@@ -50,18 +52,16 @@ class Usage:
         self._gpu, self._ranks = device == "cuda", ranks
         self._before = {key: before.get(key, 0.0) for key in ("train/cpu_hours", "train/gpu_hours")}
         self._began = time.monotonic()
-        self._clock = _processor_time()
+        psutil.cpu_percent()  # from now on it tells what has been used since the last call
 
     def sample(self) -> dict[str, float]:
         """The figures since the last call, as metrics."""
-        last, self._clock = self._clock, _processor_time()
-        busy, whole = (now - then for now, then in zip(self._clock, last, strict=True))
-        memory = memory_bytes()
-        used = memory["MemTotal"] - memory["MemAvailable"]
+        memory = psutil.virtual_memory()
+        used = memory.total - memory.available
         figures = {
-            "system/cpu_utilization_percentage": 100 * busy / max(whole, 1),
+            "system/cpu_utilization_percentage": psutil.cpu_percent(),
             "system/system_memory_usage_megabytes": used / 1e6,
-            "system/system_memory_usage_percentage": 100 * used / memory["MemTotal"],
+            "system/system_memory_usage_percentage": 100 * used / memory.total,
             "train/cpu_hours": self._before["train/cpu_hours"] + time.process_time() / 3600,
         }
         if self._gpu:
@@ -94,18 +94,3 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
-
-
-def _processor_time() -> tuple[int, int]:
-    """Ticks that all cores were busy, and all ticks, since the machine started."""
-    user, nice, system, idle, waiting, *rest = map(
-        int, Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
-    )
-    busy = user + nice + system + sum(rest)
-    return busy, busy + idle + waiting
-
-
-def memory_bytes() -> dict[str, int]:
-    """What the system tells of its memory, in bytes: `MemTotal`, `MemAvailable` and so on."""
-    pairs = (line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs}

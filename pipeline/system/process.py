@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+import psutil
+
 from pipeline.system.exits import CANCELLED
 from vdvae.config import UserError
 from vdvae.files import open_lock
@@ -278,22 +280,17 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
 def environment_of(pid: int) -> dict[str, str]:
     """What a process was started with; empty where it has ended or is another user's."""
     try:
-        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
+        return psutil.Process(pid).environ()
+    except psutil.Error:
         return {}
-    pairs = (os.fsdecode(entry).partition("=") for entry in entries)
-    return {name: value for name, _, value in pairs}
 
 
 def send(number: int, pid: int, ours: Callable[[dict[str, str]], bool]) -> None:
     """Sends a signal to a process that is still there and is ours by its environment."""
-    with contextlib.suppress(OSError):
-        handle = os.pidfd_open(pid)
-        try:
-            if ours(environment_of(pid)):
-                signal.pidfd_send_signal(handle, number)
-        finally:
-            os.close(handle)
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if ours(process.environ()):
+            process.send_signal(number)
 
 
 def end_all(ours: Callable[[dict[str, str]], bool], grace_seconds: float) -> int:
@@ -316,5 +313,4 @@ def end_all(ours: Callable[[dict[str, str]], bool], grace_seconds: float) -> int
 
 
 def _all(ours: Callable[[dict[str, str]], bool]) -> set[int]:
-    pids = {int(entry.name) for entry in Path("/proc").glob("[0-9]*")} - {os.getpid()}
-    return {pid for pid in pids if ours(environment_of(pid))}
+    return {pid for pid in psutil.pids() if pid != os.getpid() and ours(environment_of(pid))}
