@@ -68,7 +68,7 @@ def _rungs(columns: Sequence[np.ndarray]) -> tuple[np.ndarray, int]:
     return np.stack(columns, axis=1).reshape(-1, *columns[0].shape[1:]), len(columns)
 
 
-def shown(x_BCHW: torch.Tensor) -> np.ndarray:
+def to_NHWC(x_BCHW: torch.Tensor) -> np.ndarray:
     """A model's images as an array N H W C."""
     return x_BCHW.cpu().permute(0, 2, 3, 1).contiguous().numpy()
 
@@ -77,7 +77,7 @@ def draw_samples(model: VDVAE, n: int, temperature: float, seed: int) -> np.ndar
     """Draws n images, uint8 N H W C; see `vdvae.sampling.draw`."""
     from vdvae.sampling import draw
 
-    return shown(draw(model, n, temperature, seed))
+    return to_NHWC(draw(model, n, temperature, seed))
 
 
 def draw_ladder(model: VDVAE, x_BCHW: torch.Tensor, seed: int) -> tuple[np.ndarray, int]:
@@ -89,7 +89,7 @@ def draw_ladder(model: VDVAE, x_BCHW: torch.Tensor, seed: int) -> tuple[np.ndarr
     from vdvae.sampling import reconstruction_ladder
 
     ladder = reconstruction_ladder(model, x_BCHW, seed)
-    return _rungs([*map(shown, ladder.values()), shown(x_BCHW)])
+    return _rungs([*map(to_NHWC, ladder.values()), to_NHWC(x_BCHW)])
 
 
 def draw_progress(

@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.system.exits import Away
-from vdvae.config import UserError
-from vdvae.config import shown as shown_value
+from pipeline.system.exits import ServerUnavailable
+from vdvae.config import UserError, shown
 from vdvae.files import atomic_write
 
 _RANGE_BYTES = 2**20  # of a large object, asked for at once
@@ -115,7 +114,7 @@ def s3_address(url: str) -> tuple[str, str] | None:
     return found[1], prefix
 
 
-def shown(text: str) -> str:
+def one_line(text: str) -> str:
     """A name of unknown origin for a message: on one line, whatever it holds."""
     return text if text.isprintable() else ascii(text)
 
@@ -124,7 +123,7 @@ def shown_url(url: str) -> str:
     """What a person gave as a URL for a message, unless a secret may be in it."""
     if re.search("://.*[@?]", url, re.DOTALL):
         return "an address with a user name, a password or a query"
-    return shown_value(url)
+    return shown(url)
 
 
 class FileStore(Store):
@@ -268,7 +267,7 @@ class S3Folder:
 
     def list(self) -> Iterator[Stored]:
         """The objects below the prefix, without empty ones that only mark a folder."""
-        with self._errors(shown(self.root), "listed") as client:
+        with self._errors(one_line(self.root), "listed") as client:
             for stored in _listed(client, self.bucket, self._start):
                 # The prefix itself may have a mark, whose name below it is empty.
                 if stored.bytes or not f"{self._start}{stored.key}".endswith("/"):
@@ -276,7 +275,7 @@ class S3Folder:
 
     def find(self, name: str) -> Stored | None:
         """One object by its name below the prefix; None where there is none."""
-        with self._errors(shown(f"{self.root}/{name}"), "read") as client:
+        with self._errors(one_line(f"{self.root}/{name}"), "read") as client:
             for stored in _listed(client, self.bucket, self._start + name):
                 if not stored.key:  # which comes before longer names
                     return stored._replace(key=name)
@@ -285,19 +284,19 @@ class S3Folder:
 
     def open(self, name: str) -> io.BufferedReader:
         """An object of any size, to be read from any place; blocks of it are asked for."""
-        with self._errors(shown(f"{self.root}/{name}"), "read") as client:
+        with self._errors(one_line(f"{self.root}/{name}"), "read") as client:
             answer = client.head_object(Bucket=self.bucket, Key=self._start + name)
         return io.BufferedReader(_Ranges(self, name, answer["ContentLength"]), _RANGE_BYTES)
 
     def read_range(self, name: str, start: int, count: int) -> bytes:
         """Some of an object's bytes, which must be there."""
-        with self._errors(shown(f"{self.root}/{name}"), "read") as client:
+        with self._errors(one_line(f"{self.root}/{name}"), "read") as client:
             place = {"Bucket": self.bucket, "Key": self._start + name}
             return _download(client, place, None, start, start + count)
 
     def read(self, name: str, limit: int) -> bytes | None:
         """An object's bytes; None where there are more than `limit`."""
-        where = shown(f"{self.root}/{name}")
+        where = one_line(f"{self.root}/{name}")
         with self._errors(where, "read") as client:
             place = {"Bucket": self.bucket, "Key": self._start + name}
             data = _download(client, place, limit + 1)
@@ -420,15 +419,15 @@ def _s3(failure: Callable[[str, str], UserError]) -> Iterator[Any]:
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "")
         message = error.response.get("Error", {}).get("Message") or "no reason given"
-        refusal = failure(code, shown(f"{code} {message}".strip(".")))
+        refusal = failure(code, one_line(f"{code} {message}".strip(".")))
         its_own = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400) >= 500
-        raise (Away(str(refusal)) if its_own else refusal) from error
+        raise (ServerUnavailable(str(refusal)) if its_own else refusal) from error
     except BotoCoreError as error:
         # An endpoint may be written with a password.
         reason = re.sub(r"//[^/\s]*@", "//", str(error).strip("."))
-        refusal = failure("", shown(reason))
+        refusal = failure("", one_line(reason))
         cut = isinstance(error, (ConnectionError, HTTPClientError, IncompleteReadError))
-        raise (Away(str(refusal)) if cut else refusal) from error
+        raise (ServerUnavailable(str(refusal)) if cut else refusal) from error
 
 
 @functools.lru_cache(maxsize=1)

@@ -266,8 +266,8 @@ def test_a_stage_that_fails_three_times_ends_the_run_with_its_last_lines(
 
     # A server that does not answer may be starting again: it is given more time, and asked again.
     (project.folder / "pipeline/stages/shard.py").write_text(
-        "from pipeline.stages import main\nfrom pipeline.system.exits import Away\n"
-        "def shard(name):\n  raise Away('S3 is away')\nmain(shard)\n"
+        "from pipeline.stages import main\nfrom pipeline.system.exits import ServerUnavailable\n"
+        "def shard(name):\n  raise ServerUnavailable('S3 is away')\nmain(shard)\n"
     )
     pauses: list[float] = []
     # Its own: others of this process, Prefect's threads among them, sleep as before.

@@ -15,7 +15,7 @@ import torch
 from conftest import Project
 from test_road import curves, mlflow_runs
 
-from pipeline.system.exits import AWAY, CANCELLED
+from pipeline.system.exits import CANCELLED, UNAVAILABLE
 from pipeline.system.launch import _cause, _Log, launch
 from pipeline.system.process import environment_of
 
@@ -130,7 +130,7 @@ def test_what_one_rank_alone_meets_is_what_the_command_says(project: Project) ->
     """Only the first one opens MLflow; the other, which waits for it, breaks off after it."""
     project.stage("shard", "digits")
     output = project.stage(
-        "train", "digits", code=AWAY, **TWO, MLFLOW_TRACKING_URI="http://127.0.0.1:9"
+        "train", "digits", code=UNAVAILABLE, **TWO, MLFLOW_TRACKING_URI="http://127.0.0.1:9"
     )
     assert output.count("error: ") == 1
     assert "MLflow" in output
@@ -142,7 +142,7 @@ def test_who_was_killed_or_has_a_sentence_is_the_cause() -> None:
     """Ranks that fail within one look: the others' broken connections are not it."""
     assert _cause({0: 1, 1: -9, 2: 1}) == 1
     assert _cause({1: 1, 0: 2}) == 0
-    assert _cause({1: 1, 0: AWAY}) == 0
+    assert _cause({1: 1, 0: UNAVAILABLE}) == 0
     assert _cause({2: 1, 0: 1}) == 2
     assert _cause({1: 1, 0: CANCELLED}) == 0
     assert _cause({}) == 0

@@ -26,7 +26,7 @@ from s3_server import S3Server
 
 from pipeline import storage
 from pipeline.flows.overrides import Overrides, apply
-from pipeline.system.exits import AWAY
+from pipeline.system.exits import UNAVAILABLE
 
 pytestmark = pytest.mark.integration
 
@@ -427,7 +427,7 @@ def test_places_that_cannot_be_written_are_named(project: Project) -> None:
 def test_mlflow_that_does_not_answer_is_named(project: Project) -> None:
     project.stage("shard", "digits")
     uri = "http://127.0.0.1:9"  # the discard port: nobody listens
-    output = project.stage("train", "digits", code=AWAY, MLFLOW_TRACKING_URI=uri)
+    output = project.stage("train", "digits", code=UNAVAILABLE, MLFLOW_TRACKING_URI=uri)
     assert output.startswith(f"error: MLflow at {uri} does not answer")
     assert not (project.folder / "results/digits/model").exists()
 

@@ -35,7 +35,7 @@ from pipeline.services.folder import FOLDER, LOGS
 from pipeline.shards import STATES, BlockCache, Manifest
 from pipeline.shards.cache import remove_unused
 from pipeline.shards.jobs import read_record
-from pipeline.storage import Store, Stored, open_store, s3_address, shown
+from pipeline.storage import Store, Stored, one_line, open_store, s3_address
 from pipeline.system.commands import CommandFailed
 from pipeline.system.process import reap, try_lock
 from pipeline.tracking.run import COPY
@@ -249,7 +249,7 @@ def _recorded_manifest(client: MlflowClient, version: Version) -> Manifest:
         if manifest.digest != version.tags["manifest_digest"]:
             raise UserError("is another one than the version's manifest_digest")
     except Exception as error:  # of MLflow, S3, the network or the system
-        reason = shown(" ".join(str(error).split())[:300])
+        reason = one_line(" ".join(str(error).split())[:300])
         raise UserError(
             f"{version}: its {file} cannot be read ({reason}), so {_REFUSED}; restore it, or "
             f"delete the version in MLflow"

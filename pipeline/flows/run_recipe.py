@@ -33,13 +33,13 @@ from pipeline.flows.page import Page, Throttle
 from pipeline.flows.repro import StageFailed, run_stage
 from pipeline.params import Places, load_recipe
 from pipeline.system import process
-from pipeline.system.exits import AWAY, BAD_INPUT, CANCELLED, fail
+from pipeline.system.exits import BAD_INPUT, CANCELLED, UNAVAILABLE, fail
 from pipeline.system.launch import ranks_on
 from vdvae.config import UserError
 
 _ATTEMPTS = 3  # of a stage whose process was lost, or whose network was
 _PAUSE_SECONDS = (2, 10)  # before the second and the third
-_AWAY_SECONDS = (30, 120)  # where a server did not answer, which may be starting again
+_UNAVAILABLE_SECONDS = (30, 120)  # where a server did not answer, which may be starting again
 _GPU_SECONDS = 15  # a run that waits for a GPU looks again after this time
 
 
@@ -188,7 +188,7 @@ def repro(stage: str, recipe: str, page: Page) -> State[None] | None:
                 attempt + 1,
                 _ATTEMPTS,
             )
-            pauses = _AWAY_SECONDS if error.code == AWAY else _PAUSE_SECONDS
+            pauses = _UNAVAILABLE_SECONDS if error.code == UNAVAILABLE else _PAUSE_SECONDS
             time.sleep(pauses[attempt - 1])
         finally:
             say.flush()

@@ -28,7 +28,7 @@ import vdvae
 from pipeline import tracking
 from pipeline.dvc import LOCK
 from pipeline.params import PARAMS, Places
-from pipeline.pictures import shown as images_shown
+from pipeline.pictures import to_NHWC
 from pipeline.registry import aliases
 from pipeline.registry.lineage import check_files, check_lock, check_shards
 from pipeline.registry.versions import (
@@ -45,7 +45,7 @@ from pipeline.sources.decode import FORMATS, OddImages, decode
 from pipeline.sources.folder import NOT_READ, READ
 from pipeline.sources.raw import read_image
 from pipeline.sources.source import on_levels
-from pipeline.storage import open_store, shown
+from pipeline.storage import one_line, open_store
 from pipeline.system.progress import counted
 from pipeline.tracking.run import COPY, LOCK_COPY
 from pipeline.yaml_files import read_yaml
@@ -226,7 +226,7 @@ def sample(reference: str, n: int = 16, temperature: float = 1.0, seed: int = 0)
         temperature: scale of the prior's standard deviation, 0 to 2.
         seed: the same gives the same images.
     """
-    return images_shown(draw(_load(reference)[1], n, temperature, seed))
+    return to_NHWC(draw(_load(reference)[1], n, temperature, seed))
 
 
 def score(reference: str, folder: Path) -> Scores:
@@ -305,8 +305,8 @@ def reconstruct(
     originals = []
     for _, x_BCHW in _batches(paths, folder, model.config):
         rungs = reconstruction_ladder(model, x_BCHW, seed)
-        ladder.append([images_shown(rung_BCHW) for rung_BCHW in rungs.values()])
-        originals.append(images_shown(x_BCHW))
+        ladder.append([to_NHWC(rung_BCHW) for rung_BCHW in rungs.values()])
+        originals.append(to_NHWC(x_BCHW))
     return [np.concatenate(parts) for parts in zip(*ladder, strict=True)], np.concatenate(originals)
 
 
@@ -325,7 +325,7 @@ def interpolate(
     _, model = _load(reference)
     ends = _checked([first, last], model.config)
     x_CHW, y_CHW = (_read(path, model.config) for path in ends)
-    return images_shown(way_between(model, x_CHW, y_CHW, steps, seed))
+    return to_NHWC(way_between(model, x_CHW, y_CHW, steps, seed))
 
 
 def export(reference: str, folder: Path) -> Version:
@@ -395,7 +395,7 @@ def _checked(paths: list[Path], config: ModelConfig) -> list[Path]:
 
 
 def _read(path: Path, config: ModelConfig) -> Tensor:
-    name, size = shown(str(path)), config.image_size
+    name, size = one_line(str(path)), config.image_size
     picture = decode(read_image(path, name), name, config.image_channels)
     if picture.size != (size, size):
         raise UserError(
@@ -412,5 +412,5 @@ def _batches(
     size = images_a_batch(config)
     for start in range(0, len(paths), size):
         batch = paths[start : start + size]
-        keys = [shown(path.relative_to(folder).as_posix()) for path in batch]
+        keys = [one_line(path.relative_to(folder).as_posix()) for path in batch]
         yield keys, torch.stack([_read(path, config) for path in batch])

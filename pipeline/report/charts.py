@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -138,7 +138,7 @@ class Chart:
                 continue
             colour, dashes = line_style(number)
             x, y = zip(*points, strict=True)
-            style = {"color": LIGHT[colour], "linewidth": 1.6}
+            style: dict[str, Any] = {"color": LIGHT[colour], "linewidth": 1.6}
             style |= {"linestyle": (0, dashes)} if dashes else {}
             if line.errors:
                 axes.errorbar(x, y, line.errors, label=line.name, capsize=3, marker="o", **style)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import tracking
 from pipeline.params import Places, Recipe
-from pipeline.pictures import data_uri, save_grid, shown
+from pipeline.pictures import data_uri, save_grid, to_NHWC
 from pipeline.report.charts import Chart, Line
 from pipeline.shards import Manifest, ShardReader
 from pipeline.storage import open_store
@@ -159,7 +159,7 @@ def draw_samples(model: VDVAE, seed: int) -> list[tuple[str, str | None]]:
             # The same noise at each temperature: the grids differ by its scale alone.
             x_BCHW = draw(model, count, temperature, seed)
             grid = Path(folder) / f"{temperature}.png"
-            save_grid(grid, shown(x_BCHW))
+            save_grid(grid, to_NHWC(x_BCHW))
             samples.append((sample_title(temperature, seed), picture(grid)))
     return samples
 

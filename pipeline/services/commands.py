@@ -54,16 +54,16 @@ def stop() -> None:
     FOLDER.mkdir(mode=0o700, exist_ok=True)
     lock = try_lock(LOCK)
     if running := lock is None:
-        told = 0
+        signalled = 0
         deadline = time.monotonic() + _STOP_SECONDS + 2 * grace_seconds()
         while (lock := try_lock(LOCK)) is None:
             # One that has just begun has not said its number yet.
             supervisor = int((folder.read_record() or {}).get("supervisor", 0))
             if supervisor and time.monotonic() > deadline:
                 send(signal.SIGKILL, supervisor, ours)
-            elif supervisor != told:
+            elif supervisor != signalled:
                 send(signal.SIGTERM, supervisor, ours)
-                told = supervisor
+                signalled = supervisor
             time.sleep(0.1)
     with lock:
         left = end_all(ours, grace_seconds())

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.shards.manifest import KEY, Shard
+from pipeline.shards.manifest import KEY, Manifest, Shard
 from pipeline.sources.source import on_levels
 from pipeline.sources.tars import members
 from pipeline.storage import ObjectMissing, Store
@@ -39,6 +39,16 @@ class Decoder:
     shape: tuple[int, int, int]  # H, W, C
     num_levels: int
     store: Store
+
+    @classmethod
+    def of(cls, manifest: Manifest, store: Store) -> Decoder:
+        """That of a manifest's shards."""
+        return cls(
+            recipe=manifest.recipe,
+            shape=manifest.shape,
+            num_levels=manifest.num_levels,
+            store=store,
+        )
 
     def decode(self, shard: Shard) -> Decoded:
         """The images of a shard.

@@ -218,20 +218,20 @@ def _tell_if_deserted(client: Any, address: str) -> Callable[[], None]:
     Where the client has given the scheduler up, what it returns raises CancelledError: a client
     that closes does not always cancel what is waited for.
     """
-    told = False
+    warned = False
 
     def tell() -> None:
-        nonlocal told
+        nonlocal warned
         if client.status in ("closing", "closed"):
             raise CancelledError
         with contextlib.suppress(Exception):  # a lost scheduler is told of by what is waited for
             deserted = not client.nthreads()
-            if deserted and not told:
+            if deserted and not warned:
                 print(
                     f"VDVAE_DASK: the scheduler at {address} has no workers left; waiting for "
                     f"some: 'dask worker {address} --nthreads 1'",
                     flush=True,
                 )
-            told = deserted
+            warned = deserted
 
     return tell

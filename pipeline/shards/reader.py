@@ -74,12 +74,7 @@ class ShardReader:
         self.images = manifest.splits[split].images
         self._shards = manifest.splits[split].shards
         self._window_images = window_bytes // (math.prod(manifest.shape) + _KEY_BYTES)
-        decoder = Decoder(
-            recipe=manifest.recipe,
-            shape=manifest.shape,
-            num_levels=manifest.num_levels,
-            store=store,
-        )
+        decoder = Decoder.of(manifest, store)
         self.maker = BlockMaker(decoder=decoder, cache=cache or BlockCache.from_env())
         if workers is None:
             from pipeline.settings import Settings

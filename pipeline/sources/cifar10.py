@@ -17,7 +17,7 @@ from pipeline.params import DataConfig
 from pipeline.sources.raw import raw_file
 from pipeline.sources.source import Item, Run, require, whole_number
 from pipeline.sources.tars import members
-from pipeline.storage import shown
+from pipeline.storage import one_line
 from vdvae.config import UserError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -124,5 +124,5 @@ class Cifar10:
         return records
 
     def _refusal(self, what: str) -> UserError:
-        place = shown(f"{self.files.root}/{self.file.name}")
+        place = one_line(f"{self.files.root}/{self.file.name}")
         return UserError(f"{place}: {what}; get {URL} (md5 {MD5}) anew")

@@ -15,7 +15,7 @@ from pipeline.params import DataConfig
 from pipeline.sources.decode import OddImage, decode
 from pipeline.sources.raw import File, Files, npy_header, raw_file, raw_files
 from pipeline.sources.source import Item, Run, images_or_why_not, require, whole_number
-from pipeline.storage import shown
+from pipeline.storage import one_line
 from vdvae.config import UserError
 
 URL = "https://openaipublic.blob.core.windows.net/very-deep-vaes-assets/vdvae-assets/ffhq-256.npy"
@@ -116,7 +116,7 @@ class Ffhq:
 
     def _refusal(self, what: str, also: str = "") -> UserError:
         assert self.array is not None
-        place = shown(f"{self.files.root}/{self.array.name}")
+        place = one_line(f"{self.files.root}/{self.array.name}")
         return UserError(f"{place}: {what}; get {URL} anew{also}")
 
     def _png_files(self) -> Iterator[File]:
@@ -127,14 +127,14 @@ class Ffhq:
             file = found.get(f"{index // 1000 * 1000:05d}/{name}") or found.get(name)
             if file is None:
                 raise UserError(
-                    f"{shown(f'{self.files.root}/{name}')}: not found; all of 00000.png to "
+                    f"{one_line(f'{self.files.root}/{name}')}: not found; all of 00000.png to "
                     f"{IMAGES - 1:05d}.png must be there (use the source 'folder' for a part of "
                     f"them)"
                 )
             yield file
 
     def _read_png(self, file: File, converted: Counter[str]) -> NDArray[np.uint8]:
-        name = shown(f"{self.files.root}/{file.name}")
+        name = one_line(f"{self.files.root}/{file.name}")
         with self.files.image(file.name) as png:
             picture = decode(png, name, 3, converted, ("PNG",))
         if picture.size != (1024, 1024):

@@ -17,7 +17,7 @@ from pipeline.params import DataConfig
 from pipeline.sources.decode import FORMATS, OddImage, decode
 from pipeline.sources.raw import File, raw_files, setting, suffix_of
 from pipeline.sources.source import Item, Run, images_or_why_not, on_levels
-from pipeline.storage import shown
+from pipeline.storage import one_line
 from vdvae.config import UserError
 
 READ = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -52,7 +52,7 @@ class Folder:
         yield from odd
         if not listed and not odd:
             raise UserError(
-                f"{shown(self.files.root)}: has no images ({', '.join(READ)}), only "
+                f"{one_line(self.files.root)}: has no images ({', '.join(READ)}), only "
                 f"{sum(skipped.values())} other files or links; put images there, or set "
                 f"{setting(self.recipe, 'path')}"
             )
@@ -114,7 +114,7 @@ class Folder:
         ]
 
     def _shown(self, name: str) -> str:
-        return shown(f"{self.files.root}/{name}")
+        return one_line(f"{self.files.root}/{name}")
 
     def _sized(self, picture: Image.Image, name: str, converted: Counter[str]) -> Image.Image:
         size = self.data.image_size

@@ -18,7 +18,7 @@ from pipeline.sources.decode import OddImage, decode
 from pipeline.sources.raw import File, raw_files, setting, suffix_of
 from pipeline.sources.source import Item, Run, images_or_why_not, require, whole_number
 from pipeline.sources.tars import members
-from pipeline.storage import shown
+from pipeline.storage import one_line
 from vdvae.config import UserError
 
 URL = "http://www.image-net.org/small/{split}_{size}x{size}.tar"
@@ -66,11 +66,11 @@ class ImageNet:
                 listed = [file.name for file in self.files.list(Counter())]
                 if any(name.endswith((".npz", "_npz.zip")) for name in listed):
                     raise UserError(
-                        f"{shown(self.files.root)}: holds the later npz release, other images "
+                        f"{one_line(self.files.root)}: holds the later npz release, other images "
                         f"whose figures cannot be compared; {remedy}; if it is that release you "
                         f"want, set {setting(recipe, 'source')} to imagenet-npz"
                     )
-                raise UserError(f"{shown(f'{self.files.root}/{name}')}: not found; {remedy}")
+                raise UserError(f"{one_line(f'{self.files.root}/{name}')}: not found; {remedy}")
             tars.append(found)
         self.train, self.test = tars
         self.recipe = recipe
@@ -147,7 +147,7 @@ class ImageNet:
         return _Places(tar, np.array(names), np.array(offsets), np.array(sizes))
 
     def _shown(self, tar: File) -> str:
-        return shown(f"{self.files.root}/{tar.name}")
+        return one_line(f"{self.files.root}/{tar.name}")
 
 
 class _Places:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.params import DataConfig
 from pipeline.sources.raw import npy_header, raw_files
 from pipeline.sources.source import Item, Run, require, whole_number
-from pipeline.storage import shown
+from pipeline.storage import one_line
 from vdvae.config import UserError
 
 TRAIN_FILES = tuple(f"train_data_batch_{number}.npz" for number in range(1, 11))
@@ -104,4 +104,4 @@ class ImageNetNpz:
             ) from error
 
     def _shown(self, name: str) -> str:
-        return shown(f"{self.files.root}/{name}")
+        return one_line(f"{self.files.root}/{name}")

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.params import DataConfig, raw_path
 from pipeline.sources.decode import OddImage
-from pipeline.storage import S3Folder, s3_address, shown, shown_url
+from pipeline.storage import S3Folder, one_line, s3_address, shown_url
 from vdvae.config import UserError
 
 OBJECT_BYTES = 2**28  # of the largest image that is decoded, its pixels uncompressed
@@ -131,12 +131,12 @@ class _Directory:
             return Path(self._folder, name).open("rb")
         except OSError as error:
             raise UserError(
-                f"{shown(f'{self.root}/{name}')}: cannot be read ({error.strerror}); mend that, "
+                f"{one_line(f'{self.root}/{name}')}: cannot be read ({error.strerror}); mend that, "
                 f"then run the same command again"
             ) from None
 
     def image(self, name: str) -> BinaryIO:
-        return read_image(Path(self._folder, name), shown(f"{self.root}/{name}"))
+        return read_image(Path(self._folder, name), one_line(f"{self.root}/{name}"))
 
 
 def read_image(path: Path, name: str) -> BinaryIO:
@@ -195,7 +195,7 @@ class _Prefix:
     def image(self, name: str) -> BinaryIO:
         content = self.objects.read(name, OBJECT_BYTES)
         if content is None:
-            raise _too_many_bytes(shown(f"{self.root}/{name}"))
+            raise _too_many_bytes(one_line(f"{self.root}/{name}"))
         return io.BytesIO(content)
 
 

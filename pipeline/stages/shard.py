@@ -64,12 +64,7 @@ def shard(recipe_name: str) -> None:
 
 def draw_contacts(manifest: Manifest, store: Store, places: Places) -> None:
     """Writes results/<recipe>/contact_<split>.png: each split's first images, as stored."""
-    decoder = Decoder(
-        recipe=manifest.recipe,
-        shape=manifest.shape,
-        num_levels=manifest.num_levels,
-        store=store,
-    )
+    decoder = Decoder.of(manifest, store)
     for split in SPLITS:
         parts: list[np.ndarray] = []
         left = CONTACTS

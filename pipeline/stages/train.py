@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.dvc import code_of, lock_entries
 from pipeline.params import Places, Recipe, load_recipe, project_root
-from pipeline.pictures import draw_progress, picture_interval, save_grid, shown
+from pipeline.pictures import draw_progress, picture_interval, save_grid, to_NHWC
 from pipeline.shards import Manifest, ShardReader
 from pipeline.stages import check_manifest, main
 from pipeline.stages.scoring import scores_of
@@ -235,7 +235,7 @@ def _train_main_rank(trainer: _RankTrainer, device: str) -> None:
             first = next(
                 trainer.reader("train").batches(recipe.train.batch_size, recipe.train.seed)
             )
-            save_grid(run.files / "pictures" / "data.png", shown(first[: recipe.sample.n]))
+            save_grid(run.files / "pictures" / "data.png", to_NHWC(first[: recipe.sample.n]))
         for sheet in sorted(places.results(recipe.name).glob("contact_*.png")):
             run.log_artifact(sheet, "pictures")
         # A finished training that goes on to more steps is no longer finished.

@@ -15,18 +15,18 @@ from vdvae.config import UserError
 from vdvae.files import shown_path
 
 BAD_INPUT = 2  # an error that the user can mend
-AWAY = 75  # a server did not answer (sysexits' EX_TEMPFAIL): the same command may work later
+UNAVAILABLE = 75  # a server did not answer (sysexits' EX_TEMPFAIL): the same command may work later
 CANCELLED = 143  # after SIGTERM: 128 + 15
 _LONGEST = 2000  # characters of an error
 _READER_GONE = 141  # as if by SIGPIPE: 128 + 13
 
 
-class Away(UserError):
+class ServerUnavailable(UserError):
     """A server that something lies on does not answer, or says that the fault is its own."""
 
 
 def fail(error: UserError | str) -> NoReturn:
-    """Says what is wrong in one line and exits: BAD_INPUT, or AWAY where that is behind it.
+    """Says what is wrong in one line and exits: BAD_INPUT, or UNAVAILABLE where that is behind it.
 
     An error with `sentences`, about one file each, gets a line for each.
     """
@@ -36,9 +36,9 @@ def fail(error: UserError | str) -> NoReturn:
             sentence = f"{sentence[: _LONGEST // 2]} … {sentence[-_LONGEST // 2 :]}"
         print(f"error: {sentence}", file=sys.stderr, flush=True)
     behind: BaseException | None = error if isinstance(error, UserError) else None
-    while behind is not None and not isinstance(behind, Away):
+    while behind is not None and not isinstance(behind, ServerUnavailable):
         behind = behind.__cause__ or behind.__context__
-    sys.exit(BAD_INPUT if behind is None else AWAY)
+    sys.exit(BAD_INPUT if behind is None else UNAVAILABLE)
 
 
 def machine_error(error: OSError) -> str | None:

@@ -22,13 +22,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Self
 
 from pipeline.params import Places
-from pipeline.system.exits import AWAY, BAD_INPUT, CANCELLED
+from pipeline.system.exits import BAD_INPUT, CANCELLED, UNAVAILABLE
 from pipeline.system.process import end_with_parent, named_gpus
 
 if TYPE_CHECKING:
     from pipeline.params import Recipe
 
-_TOLD = (BAD_INPUT, AWAY)  # exit codes after a sentence for the user
+_WITH_MESSAGE = (BAD_INPUT, UNAVAILABLE)  # exit codes after a sentence for the user
 _LAST_WORDS = ("Traceback (most recent call last)", "error: ")
 _TORCHS_PREFIX = re.compile(r"\[rank\d+\]: ?")  # of a traceback's lines
 _READ_BYTES = 1 << 16
@@ -94,8 +94,8 @@ def launch(module: str, name: str, size: int) -> int:
     """
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vdvae-ranks-"))
-        said = _log_folder(f"{module.rpartition('.')[2]}-{name}")
-        logs = [stack.enter_context(_Log(said, rank)) for rank in range(size)]
+        log_folder = _log_folder(f"{module.rpartition('.')[2]}-{name}")
+        logs = [stack.enter_context(_Log(log_folder, rank)) for rank in range(size)]
         processes: list[subprocess.Popen[bytes]] = []
         stopped = False
 
@@ -135,9 +135,9 @@ def launch(module: str, name: str, size: int) -> int:
         if code < 0:
             print(f"rank {first} was killed by signal {-code}; run the same command again to go on")
         if code == 0:
-            shutil.rmtree(said, ignore_errors=True)
-        elif code not in (*_TOLD, CANCELLED):
-            print(f"what each rank said on stderr: {said}", flush=True)
+            shutil.rmtree(log_folder, ignore_errors=True)
+        elif code not in (*_WITH_MESSAGE, CANCELLED):
+            print(f"what each rank said on stderr: {log_folder}", flush=True)
         return code if code >= 0 else 128 - code
 
 
@@ -145,7 +145,7 @@ class _Log:
     """What one rank says on stderr: in a file that outlives us all, passed on line by line.
 
     Of ranks that fail, all but one break off since another did. So a rank's last words, from a
-    traceback or an error's sentence on, wait until it is known whose are to be told.
+    traceback or an error's sentence on, wait until it is known whose are to be printed.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -172,12 +172,12 @@ class _Log:
                 self._begun = b""
 
     def end(self) -> None:
-        """Tells its last words."""
+        """Prints its last words."""
         if self._begun:
             self._take(self._begun)
             self._begun = b""
         for text in self._last_words or ():
-            self._say(text)
+            self._print(text)
 
     def _take(self, line: bytes) -> None:
         text = line.decode(errors="replace").rstrip()
@@ -186,11 +186,11 @@ class _Log:
         if self._last_words is None and text.startswith(_LAST_WORDS):
             self._last_words = deque(maxlen=1000)
         if self._last_words is None:
-            self._say(text)
+            self._print(text)
         else:
             self._last_words.append(text)
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         with contextlib.suppress(OSError):  # nobody listens: no reason to end the ranks
             print(f"rank {self._rank}: {text}", file=sys.stderr, flush=True)
 
@@ -239,5 +239,5 @@ def _first_to_fail(processes: list[subprocess.Popen[bytes]], logs: list[_Log]) -
 
 def _cause(failed: dict[int, int]) -> int:
     # Of several alike the one that was seen first.
-    told = (*_TOLD, CANCELLED)
-    return min(failed, key=lambda r: (failed[r] >= 0, failed[r] not in told), default=0)
+    with_message = (*_WITH_MESSAGE, CANCELLED)
+    return min(failed, key=lambda r: (failed[r] >= 0, failed[r] not in with_message), default=0)

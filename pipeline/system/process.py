@@ -298,18 +298,18 @@ def end_all(ours: Callable[[dict[str, str]], bool], grace_seconds: float) -> int
 
     TERM, which makes training write a checkpoint, once; time to do so; KILL.
     """
-    told: set[int] = set()
+    signalled: set[int] = set()
     deadline = time.monotonic() + grace_seconds
     calm = 0
     while calm < 2:  # a process that is just becoming another program shows no environment
         left = _all(ours)
         calm = 0 if left else calm + 1
         late = time.monotonic() > deadline
-        for pid in left if late else left - told:
+        for pid in left if late else left - signalled:
             send(signal.SIGKILL if late else signal.SIGTERM, pid, ours)
-        told |= left
+        signalled |= left
         time.sleep(0.1)
-    return len(told)
+    return len(signalled)
 
 
 def _all(ours: Callable[[dict[str, str]], bool]) -> set[int]:

@@ -1,9 +1,9 @@
 """What MLflow is to get is on disk first: no step waits for a server, and no outage loses a point.
 
 Each opening of a run has a folder, $VDVAE_RUNS/mlflow/<run id>-<random>/: `journal.jsonl` holds
-what is to be said, a line each, and `files/` what is to be uploaded, each under its own path. What
-was delivered is removed. A folder whose process is gone is delivered by whoever opens a run next;
-what is told twice is told once by `Run`.
+what is to be logged, a line each, and `files/` what is to be uploaded, each under its own path.
+What was delivered is removed. A folder whose process is gone is delivered by whoever opens a run
+next; `Run` logs nothing twice.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Journal:
         self.run_id = folder.name.partition("-")[0]
         self._file = file
         self._mutex = threading.Lock()
-        self._told = 0  # bytes of the file
+        self._delivered = 0  # bytes of the file
 
     def __enter__(self) -> Journal:
         return self
@@ -59,13 +59,13 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def deliver(self, run: Run) -> None:
-        """Tells all that is here and has not been told; what was told leaves.
+        """Logs all that is here and was not delivered yet, and removes it.
 
         Raises:
-            UserError: MLflow fails; what was not told stays, and is told by the next call.
+            UserError: MLflow fails; what was not delivered stays for the next call.
         """
         with self._mutex:
-            lines = self._path.read_bytes()[self._told :].rpartition(b"\n")[0]
+            lines = self._path.read_bytes()[self._delivered :].rpartition(b"\n")[0]
         entries = list(_whole(lines))
         points = [value for kind, value in entries if kind == "point"]
         if points:
@@ -82,15 +82,16 @@ class Journal:
             if kind == "end":
                 run.finish(**value)
         with self._mutex:
-            self._told += len(lines) + 1 if lines else 0
-            if self._told == self._path.stat().st_size:
+            self._delivered += len(lines) + 1 if lines else 0
+            if self._delivered == self._path.stat().st_size:
                 self._file.truncate(0)
-                self._told = 0
+                self._delivered = 0
 
     def waiting(self) -> int:
-        """How many lines and files have not been told."""
+        """How many lines and files are not delivered yet."""
         with self._mutex:
-            return self._path.read_bytes()[self._told :].count(b"\n") + len(self._waiting_files())
+            lines = self._path.read_bytes()[self._delivered :].count(b"\n")
+        return lines + len(self._waiting_files())
 
     def remove(self) -> None:
         """Removes the folder with whatever is in it."""

@@ -1,4 +1,4 @@
-"""One run of MLflow, open for logging; whatever is told twice is told once."""
+"""One run of MLflow, open for logging; calls are idempotent."""
 
 from __future__ import annotations
 

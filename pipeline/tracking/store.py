@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.system.exits import Away, innermost
+from pipeline.system.exits import ServerUnavailable, innermost
 from vdvae.config import UserError, shown
 from vdvae.files import open_lock, target_of
 
@@ -71,11 +71,11 @@ def mlflow_errors(tracking_uri: str) -> Iterator[None]:
 
 
 def _refusal(tracking_uri: str, error: Exception) -> type[UserError]:
-    """Away, unless it is a server that has said what is wrong, or none is asked."""
+    """ServerUnavailable, unless it is a server that has said what is wrong, or none is asked."""
     from mlflow.exceptions import MlflowException
 
     refused = isinstance(error, MlflowException) and error.get_http_status_code() < 500
-    return Away if is_server(tracking_uri) and not refused else UserError
+    return ServerUnavailable if is_server(tracking_uri) and not refused else UserError
 
 
 def connect(tracking_uri: str) -> MlflowClient:
