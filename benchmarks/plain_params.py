@@ -24,6 +24,11 @@ _LINE = re.compile(r'( *)([\w-]+|<<):(?: +("[^"\\]*"|\[[^\]#]*\]|[^\s#"\[][^#]*?
 _NO_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}  # what YAML may read there
 
 
+def without_studies(text: str) -> str:
+    """params.yaml up to its studies, which hold sentences and come last."""
+    return text.partition("\nstudies:\n")[0]
+
+
 def read_plain_yaml(text: str) -> dict[str, Any]:
     """Mappings by indentation, whose values are one-line scalars and lists of them.
 
@@ -63,7 +68,7 @@ def read_plain_yaml(text: str) -> dict[str, Any]:
 
 
 def _merged(values: dict[str, Any], anchored: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    merged = dict(anchored[values["<<"][1:]]) if "<<" in values else {}
+    merged = _merged(anchored[values["<<"][1:]], anchored) if "<<" in values else {}
     for key, value in values.items():
         if key != "<<":
             merged[key] = _merged(value, anchored) if isinstance(value, dict) else value
@@ -91,7 +96,7 @@ def _value(text: str, number: int) -> Any:
 
 def recipe(name: str, path: Path = PARAMS) -> tuple[ModelConfig, TrainConfig, int]:
     """A recipe's model, its training, and the batch of its evaluation."""
-    sections = read_plain_yaml(path.read_text())["recipes"][name]
+    sections = read_plain_yaml(without_studies(path.read_text()))["recipes"][name]
     shared = {ours: sections["data"][theirs] for ours, theirs in _FROM_DATA.items()}
     where = f"recipe {name!r}"
     return (

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pipeline.yaml_files import read_yaml
-from vdvae.config import Config, ModelConfig, TrainConfig, UserError, number, shown
+from vdvae.config import (
+    AnyModelConfig,
+    Config,
+    ModelConfig,
+    TrainConfig,
+    UserError,
+    model_config_of,
+    number,
+    shown,
+)
 from vdvae.files import atomic_path, path_of
 
 PARAMS = Path("params.yaml")
 RECIPE = r"[A-Za-z0-9_-]{1,60}"  # what a recipe's name is made of: it names files and models
-_TOP = ("active", "defaults", "recipes")  # `defaults` is what recipes merge, by YAML's own `<<`
+# `defaults` is what recipes merge, by YAML's own `<<`; the studies are pipeline/studies/.
+_TOP = ("active", "active_studies", "defaults", "recipes", "studies")
 _COPIES = Path(".dvc/tmp/exps")  # where DVC makes them
 
 
@@ -22,7 +34,9 @@ _COPIES = Path(".dvc/tmp/exps")  # where DVC makes them
 class DataConfig(Config):
     """Where images come from and what the model sees of them."""
 
-    source: Literal["digits", "cifar10", "imagenet", "imagenet-npz", "ffhq", "folder"]
+    source: Literal[
+        "digits", "cifar10", "fashion_mnist", "imagenet", "imagenet-npz", "ffhq", "folder"
+    ]
     path: str = ""  # raw data, relative to the project's root; "" where none is needed
     image_size: int = number(1, 4096)  # pixels a side
     channels: int = 3  # 1 (grey) or 3 (colour)
@@ -30,7 +44,7 @@ class DataConfig(Config):
     split_seed: int = number(0, 2**32 - 1, default=0)  # of the documented permutation
     validation: float = number(0, 1e9, default=0.1)  # images; for `folder` a fraction
     test: float = number(0, 1e9, default=0.1)  # the same; sources with a published test ignore it
-    resize: Literal["", "crop", "stretch"] = ""  # "": every image must have image_size already
+    resize: Literal["", "crop", "stretch", "mean"] = ""  # "": all have image_size already
     shard_images: int = number(1, 1_000_000, default=1000)  # most images in a shard
     unreadable: Literal["refuse", "skip"] = "refuse"  # files that are no whole, still image
 
@@ -81,7 +95,7 @@ class Recipe:
 
     name: str
     data: DataConfig
-    model: ModelConfig
+    model: AnyModelConfig
     train: TrainConfig
     evaluate: EvaluateConfig
     sample: SampleConfig
@@ -142,18 +156,28 @@ def read_params(path: Path = PARAMS) -> dict[str, Any]:
             raise UserError(f"{path}: active: {no_recipe(name, params)}")
         if name in active[:place]:
             raise UserError(f"{path}: active: {name!r} is given twice; leave one out")
+    studies, running = params.setdefault("studies", {}), params.setdefault("active_studies", [])
+    if not isinstance(studies, dict) or not isinstance(running, list):
+        raise UserError(
+            f"{path}: studies is a set of studies by name, active_studies a list of names"
+        )
+    for name in studies:
+        check_name(name, path, "studies")
+    for name in running:
+        if not isinstance(name, str) or name not in studies:
+            raise UserError(f"{path}: active_studies: there is no study {shown(name)}")
     return params
 
 
-def check_name(name: object, path: Path = PARAMS) -> None:
-    """Refuses a recipe's name that could not be one of files and models everywhere.
+def check_name(name: object, path: Path = PARAMS, section: str = "recipes") -> None:
+    """Refuses a recipe's name that could not be one of files and models everywhere; a study's too.
 
     Raises:
         UserError: naming it.
     """
     if not isinstance(name, str) or not re.fullmatch(RECIPE, name):
         raise UserError(
-            f"{path}: recipes: the name {shown(name)} is not made of letters, digits, '_' and "
+            f"{path}: {section}: the name {shown(name)} is not made of letters, digits, '_' and "
             f"'-', 60 at most; rename it"
         )
 
@@ -165,8 +189,15 @@ def no_recipe(name: object, params: dict[str, Any]) -> str:
     return f"no recipe {shown(name)}; there are {', '.join(names[:20])}{more}"
 
 
-def load_recipe(name: str, path: Path = PARAMS) -> Recipe:
+def load_recipe(
+    name: str, path: Path = PARAMS, settings: Mapping[str, Any] = MappingProxyType({})
+) -> Recipe:
     """One recipe of params.yaml, typed and checked.
+
+    Args:
+        name: in `recipes`.
+        path: the file.
+        settings: `section.key` and value of what is other than there.
 
     Raises:
         UserError: naming the file, the key, the value and what would do.
@@ -184,6 +215,14 @@ def load_recipe(name: str, path: Path = PARAMS) -> Recipe:
         if key not in _SECTIONS:
             key = key if isinstance(key, str) and len(key) <= 60 else shown(key)
             raise UserError(f"{where}.{key}: unknown section; known are {', '.join(_SECTIONS)}")
+    for setting, value in settings.items():
+        section, _, key = setting.partition(".")
+        if section not in _SECTIONS or not isinstance(sections.get(section, {}), dict):
+            raise UserError(
+                f"{where}: {shown(setting)} is not a setting as train.steps is; sections are "
+                f"{', '.join(_SECTIONS)}"
+            )
+        sections = {**sections, section: {**sections.get(section, {}), key: value}}
     configs: dict[str, Any] = {}
     for key, kind in _SECTIONS.items():
         values = sections.get(key, {})
@@ -195,7 +234,8 @@ def load_recipe(name: str, path: Path = PARAMS) -> Recipe:
                 ours: getattr(configs["data"], theirs) for ours, theirs in SHARED_WITH_MODEL.items()
             }
             values = {**values, **shared}
-        configs[key] = kind.from_dict(values, where=where)
+        read = model_config_of if key == "model" else kind.from_dict
+        configs[key] = read(values, where=where)
     return Recipe(name=name, **configs)
 
 

@@ -20,7 +20,7 @@ from vdvae.files import atomic_path
 if TYPE_CHECKING:
     import torch
 
-    from vdvae.model import VDVAE
+    from vdvae.models import ImageModel
 
 _GAP = 2  # pixels between images, after enlarging
 _WANTED = 96  # an image smaller than this is enlarged by a whole number
@@ -73,14 +73,14 @@ def to_NHWC(x_BCHW: torch.Tensor) -> np.ndarray:
     return x_BCHW.cpu().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def draw_samples(model: VDVAE, n: int, temperature: float, seed: int) -> np.ndarray:
+def draw_samples(model: ImageModel, n: int, temperature: float, seed: int) -> np.ndarray:
     """Draws n images, uint8 N H W C; see `vdvae.sampling.draw`."""
     from vdvae.sampling import draw
 
     return to_NHWC(draw(model, n, temperature, seed))
 
 
-def draw_ladder(model: VDVAE, x_BCHW: torch.Tensor, seed: int) -> tuple[np.ndarray, int]:
+def draw_ladder(model: ImageModel, x_BCHW: torch.Tensor, seed: int) -> tuple[np.ndarray, int]:
     """A row an image: the latents up to each resolution, then the image itself (Fig. 4).
 
     Returns:
@@ -93,7 +93,7 @@ def draw_ladder(model: VDVAE, x_BCHW: torch.Tensor, seed: int) -> tuple[np.ndarr
 
 
 def draw_progress(
-    model: VDVAE,
+    model: ImageModel,
     x_BCHW: torch.Tensor,
     folder: Path,
     step: int,

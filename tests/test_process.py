@@ -20,7 +20,7 @@ from pipeline.system.exits import CANCELLED
 from pipeline.system.process import StopRequest, grace_seconds
 from vdvae.config import UserError
 from vdvae.distributed import SINGLE
-from vdvae.model import VDVAE
+from vdvae.models import build
 from vdvae.training import Stopped
 
 # A process whose parent has ended before it could ask to be told.
@@ -111,7 +111,7 @@ def test_the_grace_lets_every_recipes_checkpoint_be_written(
     monkeypatch.delenv("VDVAE_GRACE_SECONDS", raising=False)
     for name in read_params()["recipes"]:
         with torch.device("meta"):
-            model = VDVAE(load_recipe(name).model)
+            model = build(load_recipe(name).model)
         state_bytes = 5 * sum(p.numel() * p.element_size() for p in model.parameters())
         assert state_bytes / 25e6 + 15 <= grace_seconds(), name
     monkeypatch.setenv("VDVAE_GRACE_SECONDS", "2.5")

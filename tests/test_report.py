@@ -22,9 +22,13 @@ from pipeline import tracking
 from pipeline.cli.main import main
 from pipeline.params import Places
 from pipeline.report.charts import Chart, Line
+from pipeline.report.page import write_report
 from pipeline.report.table2 import TABLE_2, data_set_of, why_not_comparable
 from pipeline.services.definitions import free_ports
 from pipeline.shards import Manifest, Split
+from pipeline.studies.declaration import Study
+from pipeline.studies.results import write_study
+from vdvae.config import UserError
 
 SCRIPT = "<script>alert(1)</script>"
 PICTURE = "<img src=x onerror=alert(1)>"
@@ -268,6 +272,54 @@ def test_it_looks_right_on_screens_large_and_small_light_and_dark(
             pages.append(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
             tab.close()
     assert pages[0] == pages[1] != pages[2] == pages[3]
+
+
+def study_row(variant: str, seed: int, bits: float) -> dict[str, Any]:
+    """What `read_cell` gives of a cell."""
+    figures = {"bits_per_dim": bits, "bits_per_dim_se": 0.01}
+    return {
+        "recipe": "digits", "variant": variant, "seed": seed, "experiment": "e", "steps": 4,
+        "mlflow_run_id": None, "skipped": 0, "minutes": 0.1, "validation": figures, "test": figures,
+        "conditions": {
+            "manifest_digest": "d", "data": "e" * 64, "precision": "fp32", "device": "cpu",
+        },
+        "scores": {f"image-{n}": bits + n / 1000 for n in range(9)},
+        "rates": {"rate_bits_per_dim_by_layer": [
+            {"resolution": 1, "rate_bits_per_dim": 0.1}, {"resolution": 8, "rate_bits_per_dim": 1},
+        ]},
+        "curves": [{"step": s, "time": s, "train/gradient_norm": 2.0**s} for s in (1, 2)],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shows", ["bits", "rates", "gradients"])
+def test_a_study_has_its_claim_figure_table_and_verdict(
+    report: Report, browser: Browser, folder: Path, shows: str
+) -> None:
+    study = Study.model_validate(
+        {
+            "claim": "Depth <helps>", "paper": "Table 1", "recipe": "digits", "seeds": [0, 1],
+            "variants": {"deep": {}, "flat": {}}, "compare": [["deep", "flat"]], "shows": shows,
+        }
+    )  # fmt: skip
+    bits = {"deep": 1.8, "flat": 1.9}
+    rows = [study_row(v, seed, bits[v] + seed / 1e4) for seed in (0, 1) for v in bits]
+    place = folder / "results/studies/depth"
+    place.mkdir(parents=True)
+    write_study(study, "depth", False, rows, place)
+    report("--no-model")
+    tab = browser.new_page(viewport={"width": 375, "height": 900})
+    tab.goto((folder / "results/report.html").as_uri())
+    section = tab.get_by_role("region", name="Study: depth")
+    text = section.inner_text()
+    assert "Depth <helps>" in text and "Supported on these data at 95%" in text
+    assert "+0.1000" in text and "1.8001 ± 0.0001" in text
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 375
+    picture = section.locator("img")
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
+    tab.close()
+    (place / "table.json").write_text("{}")
+    with pytest.raises(UserError, match=r"depth/table\.json: is no study's table"):
+        write_report(Places.from_env(), print)
 
 
 def test_only_like_is_compared_with_the_paper(trained: Path) -> None:

@@ -24,7 +24,7 @@ from tar_members import extended, member
 from pipeline import sources, storage
 from pipeline.params import DataConfig
 from pipeline.shards import write_shards
-from pipeline.sources import cifar10, ffhq, imagenet, imagenet_npz, open_source
+from pipeline.sources import cifar10, fashion_mnist, ffhq, imagenet, imagenet_npz, open_source
 from pipeline.sources.decode import FORMATS, OddImage, decode
 from vdvae.config import UserError
 
@@ -114,6 +114,89 @@ def test_digits_are_scikit_learns_in_the_documented_splits():
 )
 def test_digits_refuses_other_settings(changes, words):
     refused(digits(**changes), words)
+
+
+# Fashion-MNIST
+
+
+def idx(pictures: np.ndarray, **changes: bytes) -> bytes:
+    """An idx file of pictures N 28 28; `header` replaces its first 16 bytes."""
+    header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in pictures.shape)
+    return changes.get("header", header) + pictures.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def fashion_folder(tmp_path, monkeypatch) -> Path:
+    """The published layout with 10 + 4 pictures, one file of it gzipped."""
+    monkeypatch.setattr(fashion_mnist, "IMAGES", {"train": 10, "test": 4})
+    random = np.random.RandomState(0)
+    pictures = random.randint(0, 256, (14, 28, 28))
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(pictures[:10]))
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(pictures[10:])))
+    return tmp_path
+
+
+def fashion(path: Path, **changes) -> DataConfig:
+    values = {"image_size": 8, "channels": 1, "validation": 3, "resize": "mean", **changes}
+    return config("fashion_mnist", path, **values)
+
+
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_fashion_mnist_has_the_published_split_and_means_of_blocks(fashion_folder, size):
+    images, notes = read(fashion(fashion_folder, image_size=size))
+    order = [f"fashion-mnist-train-{n:05d}" for n in np.random.RandomState(0).permutation(10)]
+    assert parts(images) == {
+        "validation": order[:3],
+        "train": order[3:],
+        "test": [f"fashion-mnist-test-{n:05d}" for n in range(4)],
+    }
+    pictures = np.random.RandomState(0).randint(0, 256, (14, 28, 28))
+    assert notes["test sha256"] == hashlib.sha256(pictures[10:].astype(np.uint8)).hexdigest()
+    padded = np.pad(pictures[12], 2)
+    block = 32 // size
+    means = padded.reshape(size, block, size, block).mean(axis=(1, 3))
+    (image,) = [one.image_HWC for one in images if one.key == "fashion-mnist-test-00002"]
+    np.testing.assert_array_equal(image[:, :, 0], np.floor(means + 0.5))  # exact in float64
+
+
+def test_fashion_mnist_in_part_is_taken_for_what_it_holds(fashion_folder):
+    (fashion_folder / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((5, 28, 28))))
+    images, notes = read(fashion(fashion_folder))
+    counts = {name: len(keys) for name, keys in parts(images).items()}
+    assert counts == {"validation": 2, "train": 3, "test": 4}
+    assert "not the published ones: 5 + 4 images" in notes["files"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is no idx file of pictures of 28x28"),
+        (idx(np.zeros((4, 27, 28))), "is no idx file of pictures of 28x28"),
+        (idx(np.zeros((4, 28, 28)))[:-1], "holds 3,135 bytes where its header says 4 pictures"),
+        (idx(np.zeros((4, 28, 28))) + b"0", "holds 3,137 bytes where its header says 4"),
+        (idx(np.zeros((5, 28, 28))), "holds 3,137 bytes where its header says 5 pictures"),
+        (idx(np.zeros((0, 28, 28))), "holds 0 bytes where its header says 0 pictures"),
+        (b"gzip" + bytes(100), "is no idx file"),
+        (None, "t10k-images-idx3-ubyte.gz: not found"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_fashion_mnist_refuses_other_files(fashion_folder, content, words, packed):
+    (fashion_folder / "t10k-images-idx3-ubyte.gz").unlink()
+    if content is not None:
+        name = "t10k-images-idx3-ubyte" + ".gz" * packed
+        (fashion_folder / name).write_bytes(gzip.compress(content) if packed else content)
+    assert "get it anew, from Debian's package" in refused(fashion(fashion_folder), words)
+
+
+def test_fashion_mnist_refuses_a_damaged_gzip_and_says_where_to_get_it(fashion_folder, monkeypatch):
+    path = fashion_folder / "t10k-images-idx3-ubyte.gz"
+    whole = path.read_bytes()
+    for damaged in (whole[:-20], whole[:100] + b"x" + whole[101:], b"\x1f\x8b"):
+        path.write_bytes(damaged)
+        refused(fashion(fashion_folder), "cannot be read .*dataset-fashion-mnist")
+    monkeypatch.setattr(fashion_mnist, "PACKAGE", "/nowhere")
+    refused(fashion(""), "'/nowhere'; install Debian's package dataset-fashion-mnist")
 
 
 # cifar10

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vdvae.config import ModelConfig, UserError
+from vdvae.config import UserError, model_config_of
 from vdvae.doctor import Point
 from vdvae.files import (
     atomic_path,
@@ -33,7 +33,7 @@ from vdvae.files import (
     read_regular,
     sha256_of,
 )
-from vdvae.model import VDVAE
+from vdvae.models import ImageModel, build
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LARGEST = 1e6  # of a weight: no training comes near, and sums of its products stay finite
@@ -92,7 +92,7 @@ class _DamagedError(UserError):
     """The bytes on the disk are not those that were written."""
 
 
-def save(model: VDVAE, folder: str | Path) -> None:
+def save(model: ImageModel, folder: str | Path) -> None:
     """Writes a model's weights and, last, its config; each file appears whole or not at all.
 
     Args:
@@ -103,7 +103,7 @@ def save(model: VDVAE, folder: str | Path) -> None:
         UserError: the weights are not float32.
     """
     folder = Path(folder)
-    dtype = model.decoder.gain.dtype
+    dtype = next(model.parameters()).dtype
     if dtype != torch.float32:
         raise UserError(f"{folder}: weights of {dtype} are not written; call model.float() first")
     weights = {name: value.detach().cpu().contiguous() for name, value in model.named_parameters()}
@@ -111,7 +111,7 @@ def save(model: VDVAE, folder: str | Path) -> None:
     atomic_write_json(folder / CONFIG, model.config.to_dict())
 
 
-def load(folder: str | Path) -> VDVAE:
+def load(folder: str | Path) -> ImageModel:
     """Reads a model that `save` wrote.
 
     Args:
@@ -130,9 +130,9 @@ def load(folder: str | Path) -> VDVAE:
         values = read_json(folder / CONFIG, remedy)
     except FileNotFoundError:
         raise UserError(f"{folder / CONFIG}: not found; is {folder} a model's folder?") from None
-    config = ModelConfig.from_dict(values, where=str(folder / CONFIG))
+    config = model_config_of(values, where=str(folder / CONFIG))
     with torch.device("meta"):
-        model = VDVAE(config)
+        model = build(config)
     expected = dict(model.named_parameters())
     try:
         data = read_regular(path, 4 * _count(expected.values()) + _HEADER_BYTES, remedy)

@@ -201,19 +201,21 @@ class Config:
                 value = float(value)
                 object.__setattr__(self, item.name, value)
             if not _fits(value, kind):
-                raise UserError(f"{self.section}.{item.name}: {shown(value)} is not {_words(kind)}")
+                raise UserError(
+                    f"{self.section()}.{item.name}: {shown(value)} is not {_words(kind)}"
+                )
             low, high = item.metadata.get("bounds", (-math.inf, math.inf))
             if isinstance(value, int | float) and not low <= value <= high:
                 raise UserError(
-                    f"{self.section}.{item.name}: {shown(value)} is out of bounds; "
+                    f"{self.section()}.{item.name}: {shown(value)} is out of bounds; "
                     f"it must be {_range_words(low, high)}"
                 )
         self.check()
 
-    @property
-    def section(self) -> str:
+    @classmethod
+    def section(cls) -> str:
         """The section of params.yaml that these values come from, for messages."""
-        return type(self).__name__.removesuffix("Config").lower()
+        return cls.__name__.removesuffix("Config").lower()
 
     def check(self) -> None:
         """Checks relations between fields; raises UserError."""
@@ -230,7 +232,7 @@ class Config:
             UserError: naming an unknown or missing key, or a value of the wrong type or range.
         """
         known = {item.name: item for item in dataclasses.fields(cls)}
-        section = cls.__name__.removesuffix("Config").lower()
+        section = cls.section()
         prefix = f"{where}: " if where else ""
         if not isinstance(values, dict):
             raise UserError(
@@ -346,33 +348,23 @@ def _nearest(key: str, known: typing.Iterable[str]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Config):
-    """Everything that determines a model's function (Child 2021, sec. 4); defaults as published."""
+class ImageModelConfig(Config):
+    """What every model of images has: the images, the likelihood, the scale of its input."""
 
     image_size: int = number(1, 4096)  # pixels a side
     image_channels: int = 3  # 1 (grey) or 3 (red, green, blue)
-    num_levels: int = number(2, 256, default=256)  # grey levels of the data (DESIGN: words)
-    encoder: str  # bottom-up block string
-    decoder: str  # top-down block string
-    width: int = number(1, MOST_WIDTH, default=384)  # channels D, where `widths` says nothing else
-    widths: str = ""  # channels by resolution, "512:32,256:64"
-    latent_channels: int = number(1, MOST_WIDTH, default=16)  # Z of each stochastic layer
-    bottleneck: float = number(1e-3, 4, default=0.25)  # inner width of a block / its width
+    num_levels: int = number(2, 256, default=256)  # grey levels of the data
     mixtures: int = number(1, 1000, default=10)  # K logistics of the likelihood
-    no_bias_above: int = number(0, 4096, default=64)  # highest resolution with a learned bias map
-    # Encoder input = (pixel + shift) * scale, with pixels in 0..255.
+    # The network's input = (pixel + shift) * scale, with pixels in 0..255.
     shift: float = number(-1e6, 1e6, default=-127.5)
     scale: float = number(-1e6, 1e6, default=1 / 127.5)
     likelihood: Likelihood = "normalised"  # the published arithmetics do not sum to 1
-    # The paper's ablations (sec. 5.1, A.1); the published models leave them as they are here.
-    residual_scaling: bool = True  # last convolutions scaled by 1/sqrt(N) at the start (Table 3)
-    topdown_residual: bool = True  # off: Fig. 5 "FFN"
-    unpool: Literal["nearest", "transposed"] = "nearest"  # Fig. 5
-    # K consecutive blocks that read one input (Table 1).
-    group_size: int = number(1, MOST_BLOCKS, default=1)
+
+    @classmethod
+    def section(cls) -> str:
+        return "model"
 
     def check(self) -> None:
-        encoder, decoder = parse_encoder(self.encoder), parse_decoder(self.decoder)
         if self.image_channels not in (1, 3):
             raise UserError(f"model.image_channels: {self.image_channels} is not 1 or 3")
         stored = [stored_value(level, self.num_levels) for level in range(self.num_levels)]
@@ -383,6 +375,60 @@ class ModelConfig(Config):
             )
         if self.scale == 0:
             raise UserError("model.scale: 0 would blank every image; use 1 / standard deviation")
+        needed = {"published": (256, 3), "published_5bit": (32, 3)}.get(self.likelihood)
+        if needed and (self.num_levels, self.image_channels) != needed:
+            raise UserError(
+                f"model.likelihood: {self.likelihood!r} is defined for {needed[0]} levels and "
+                f"{needed[1]} channels, not {self.num_levels} and {self.image_channels}; "
+                f"use 'normalised'"
+            )
+
+    @property
+    def dims(self) -> int:
+        """C·H·W: what bits/dim divides by."""
+        return self.image_channels * self.image_size**2
+
+    @property
+    def latent_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """(Z, H, W) of each stochastic layer, top first; none where there is none."""
+        return ()
+
+    @property
+    def num_latents(self) -> int:
+        """N, the number of latent variables per image, over all stochastic layers."""
+        return sum(math.prod(shape) for shape in self.latent_shapes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelCNNConfig(ImageModelConfig):
+    """An autoregressive model of the kind that the paper compares with (its sec. 1 and Table 2)."""
+
+    kind: Literal["pixelcnn"]
+    width: int = number(1, MOST_WIDTH)  # channels D of both streams
+    layers: int = number(1, MOST_BLOCKS)  # gated residual blocks of each stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(ImageModelConfig):
+    """Everything that determines a VDVAE's function (Child 2021, sec. 4); defaults as published."""
+
+    encoder: str  # bottom-up block string
+    decoder: str  # top-down block string
+    width: int = number(1, MOST_WIDTH, default=384)  # channels D, where `widths` says nothing else
+    widths: str = ""  # channels by resolution, "512:32,256:64"
+    latent_channels: int = number(1, MOST_WIDTH, default=16)  # Z of each stochastic layer
+    bottleneck: float = number(1e-3, 4, default=0.25)  # inner width of a block / its width
+    no_bias_above: int = number(0, 4096, default=64)  # highest resolution with a learned bias map
+    # The paper's ablations (sec. 5.1, A.1); the published models leave them as they are here.
+    residual_scaling: bool = True  # last convolutions scaled by 1/sqrt(N) at the start (Table 3)
+    topdown_residual: bool = True  # off: Fig. 5 "FFN"
+    unpool: Literal["nearest", "transposed"] = "nearest"  # Fig. 5
+    # K consecutive blocks that read one input (Table 1).
+    group_size: int = number(1, MOST_BLOCKS, default=1)
+
+    def check(self) -> None:
+        super().check()
+        encoder, decoder = parse_encoder(self.encoder), parse_decoder(self.decoder)
         for side, resolution in (
             ("encoder: the first", encoder[0].resolution),
             ("decoder: the last", decoder[-1].resolution),
@@ -425,22 +471,10 @@ class ModelConfig(Config):
                 f"model.bottleneck: {self.bottleneck} of width {self.width} leaves no channel; "
                 f"raise width or bottleneck"
             )
-        needed = {"published": (256, 3), "published_5bit": (32, 3)}.get(self.likelihood)
-        if needed and (self.num_levels, self.image_channels) != needed:
-            raise UserError(
-                f"model.likelihood: {self.likelihood!r} is defined for {needed[0]} levels and "
-                f"{needed[1]} channels, not {self.num_levels} and {self.image_channels}; "
-                f"use 'normalised'"
-            )
 
     def width_at(self, resolution: int) -> int:
         """Channels of the features at a resolution."""
         return parse_widths(self.widths).get(resolution, self.width)
-
-    @property
-    def dims(self) -> int:
-        """C·H·W: what bits/dim divides by."""
-        return self.image_channels * self.image_size**2
 
     @property
     def latent_shapes(self) -> tuple[tuple[int, int, int], ...]:
@@ -450,10 +484,25 @@ class ModelConfig(Config):
             for block in parse_decoder(self.decoder)
         )
 
-    @property
-    def num_latents(self) -> int:
-        """N, the number of latent variables per image, over all stochastic layers."""
-        return sum(math.prod(shape) for shape in self.latent_shapes)
+
+AnyModelConfig = ModelConfig | PixelCNNConfig
+
+
+def model_config_of(values: dict[str, Any], where: str = "") -> AnyModelConfig:
+    """The config of the kind of model that the values are of; VDVAE, where no kind is given.
+
+    Raises:
+        UserError: as `Config.from_dict`, or for another kind.
+    """
+    kind = values.get("kind", "vdvae") if isinstance(values, dict) else "vdvae"
+    if kind == "pixelcnn":
+        return PixelCNNConfig.from_dict(values, where)
+    if kind != "vdvae":
+        prefix = f"{where}: " if where else ""
+        raise UserError(f"{prefix}model.kind: {shown(kind)} is not one of 'vdvae', 'pixelcnn'")
+    if isinstance(values, dict):
+        values = {key: value for key, value in values.items() if key != "kind"}
+    return ModelConfig.from_dict(values, where)
 
 
 @dataclass(frozen=True, kw_only=True)

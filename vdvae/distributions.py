@@ -175,6 +175,23 @@ class DiscretizedLogisticMixture:
         x_BCHW: Tensor = levels_to_uint8(torch.stack(levels, dim=1), self.num_levels)
         return x_BCHW
 
+    def tempered(self, params_BPHW: Tensor, temperature: float) -> Tensor:
+        """Parameters of a mixture that is sharper (below 1) or flatter: logits over T, scales by T.
+
+        Args:
+            params_BPHW: the likelihood's parameters, float.
+            temperature: T, above 0.
+        """
+        params_BPHW = at_least_float32(params_BPHW).clone()
+        params_BPHW[:, : self.mixtures] /= temperature
+        kinds = 3 if self.channels == 3 else 2
+        batch, _, *size = params_BPHW.shape
+        rest = params_BPHW[:, self.mixtures :].view(
+            batch, self.channels, kinds, self.mixtures, *size
+        )
+        rest[:, :, 1] += math.log(temperature)
+        return params_BPHW
+
     def _target(self, level: Tensor, dtype: torch.dtype) -> Tensor:
         """Centre of each level's bin, in [-1, 1].
 

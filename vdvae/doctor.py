@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vdvae.config import ModelConfig, TrainConfig
+from vdvae.config import ImageModelConfig, TrainConfig
 
 Point = dict[str, float]  # one point of the curves: step, time (unix seconds) and named figures
 
@@ -34,7 +34,7 @@ class Finding:
 
 
 def examine(
-    model: ModelConfig, config: TrainConfig, history: Sequence[Point], seen: dict[str, int]
+    model: ImageModelConfig, config: TrainConfig, history: Sequence[Point], seen: dict[str, int]
 ) -> list[Finding]:
     """Diagnoses the newest point of the curves.
 
@@ -78,7 +78,9 @@ def streak(config: TrainConfig, skipped_in_a_row: int, norm: float) -> list[Find
     return [Finding("streak", text, stops=True)]
 
 
-def _examine(model: ModelConfig, config: TrainConfig, history: Sequence[Point]) -> list[Finding]:
+def _examine(
+    model: ImageModelConfig, config: TrainConfig, history: Sequence[Point]
+) -> list[Finding]:
     if not history:
         return []
     checks = (_not_finite, _skips, _plateau, _collapse)
@@ -86,7 +88,9 @@ def _examine(model: ModelConfig, config: TrainConfig, history: Sequence[Point]) 
     return [*findings, *_dead_resolutions(model, config, history)]
 
 
-def _not_finite(_: ModelConfig, config: TrainConfig, history: Sequence[Point]) -> Finding | None:
+def _not_finite(
+    _: ImageModelConfig, config: TrainConfig, history: Sequence[Point]
+) -> Finding | None:
     count = int(history[-1].get("not_finite", 0))
     if not count:
         return None
@@ -98,7 +102,7 @@ def _not_finite(_: ModelConfig, config: TrainConfig, history: Sequence[Point]) -
     )
 
 
-def _skips(_: ModelConfig, config: TrainConfig, history: Sequence[Point]) -> Finding | None:
+def _skips(_: ImageModelConfig, config: TrainConfig, history: Sequence[Point]) -> Finding | None:
     before = history[-2] if len(history) > 1 else {"step": 0, "skipped": 0}
     steps = history[-1]["step"] - before["step"]
     skipped = history[-1]["skipped"] - before["skipped"]
@@ -116,7 +120,9 @@ def _warm(config: TrainConfig, history: Sequence[Point]) -> Sequence[Point]:
     return [point for point in history if point["step"] > config.warmup_steps]
 
 
-def _plateau(model: ModelConfig, config: TrainConfig, history: Sequence[Point]) -> Finding | None:
+def _plateau(
+    model: ImageModelConfig, config: TrainConfig, history: Sequence[Point]
+) -> Finding | None:
     points = _warm(config, history)[-2 * _WINDOW :]
     if len(points) < 2 * _WINDOW:
         return None
@@ -134,8 +140,12 @@ def _plateau(model: ModelConfig, config: TrainConfig, history: Sequence[Point]) 
     )
 
 
-def _collapse(model: ModelConfig, config: TrainConfig, history: Sequence[Point]) -> Finding | None:
+def _collapse(
+    model: ImageModelConfig, config: TrainConfig, history: Sequence[Point]
+) -> Finding | None:
     points = _warm(config, history)[-2 * _WINDOW :]
+    if not model.num_latents:
+        return None
     nats = [point["rate_bits_per_dim"] * model.dims * math.log(2) for point in points]
     if len(points) < 2 * _WINDOW or not max(nats) < _ALIVE_NATS:
         return None
@@ -147,7 +157,7 @@ def _collapse(model: ModelConfig, config: TrainConfig, history: Sequence[Point])
 
 
 def _dead_resolutions(
-    model: ModelConfig, config: TrainConfig, history: Sequence[Point]
+    model: ImageModelConfig, config: TrainConfig, history: Sequence[Point]
 ) -> Iterator[Finding]:
     points = _warm(config, history)
     for key in points[-1] if points else ():

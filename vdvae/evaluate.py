@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from vdvae.config import UserError
-from vdvae.model import VDVAE, Elbo, bits_per_dim
+from vdvae.model import Elbo, bits_per_dim
+from vdvae.models import ImageModel
 from vdvae.randomness import evaluation_noise
 
 _PER_IMAGE = ("rate_nats_B", "distortion_nats_B", "kl_nats_BL", "variance_nats2_B", "iwae_nats_B")
@@ -89,7 +90,7 @@ def standard_error(values: np.ndarray) -> float:
 
 @torch.no_grad()
 def score(
-    model: VDVAE,
+    model: ImageModel,
     x_BCHW: Tensor,
     seed: int,
     keys: list[str] | None = None,
@@ -116,7 +117,7 @@ def score(
     """
     if passes < 1 or iwae < 0:
         raise UserError(f"passes {passes} and iwae {iwae}: must be at least 1 and 0")
-    parameter = model.decoder.gain
+    parameter = next(model.parameters())
     x = x_BCHW.to(parameter.device)
 
     def elbo_of(draw: int, sampled_kl: bool = False) -> Elbo:
@@ -187,7 +188,7 @@ def interleaved(parts: Sequence[Scores]) -> Scores:
 
 
 def evaluate(
-    model: VDVAE,
+    model: ImageModel,
     batches: Iterable[tuple[list[str], Tensor]],
     seed: int,
     images: int,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vdvae.config import (
     DecoderBlock,
     EncoderBlock,
+    ImageModelConfig,
     ModelConfig,
     UserError,
     parse_decoder,
@@ -69,6 +70,40 @@ def bits_per_dim(nats: Tensor | float, dims: int) -> Tensor | float:
         dims: C·H·W.
     """
     return nats / (dims * math.log(2))
+
+
+def network_input(
+    config: ImageModelConfig, x_BCHW: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Levels [B,C,H,W] and the normalised input of raw images, after a check.
+
+    Args:
+        config: of the model that reads them.
+        x_BCHW: images, uint8.
+        dtype: of the input.
+
+    Raises:
+        UserError: for images of another shape or dtype than the model's.
+    """
+    wanted = (config.image_channels, config.image_size, config.image_size)
+    if x_BCHW.dtype != torch.uint8 or x_BCHW.dim() != 4 or x_BCHW.shape[1:] != wanted:
+        raise UserError(
+            f"images: {x_BCHW.dtype} of shape {tuple(x_BCHW.shape)}; this model reads "
+            f"uint8 of shape (batch, {', '.join(map(str, wanted))})"
+        )
+    return normalised(config, x_BCHW, dtype)
+
+
+def normalised(
+    config: ImageModelConfig, x_BCHW: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Levels and normalised input of pixels, unchecked; see `network_input`."""
+    level_BCHW = uint8_to_levels(x_BCHW, config.num_levels)
+    if config.likelihood == "published_5bit":
+        pixel_BCHW = x_BCHW.to(dtype)  # its encoder sees all 8 bits
+    else:
+        pixel_BCHW = level_BCHW.to(dtype) * (255 / (config.num_levels - 1))
+    return level_BCHW, (pixel_BCHW + config.shift) * config.scale
 
 
 class Bottleneck(nn.Module):
@@ -365,20 +400,12 @@ class VDVAE(nn.Module):
             top_down.prior.conv4.weight.zero_()  # every prior starts as N(0, 1)
 
     def _images(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Levels [B,C,H,W] and the encoder's input of checked images."""
-        config = self.config
-        wanted = (config.image_channels, config.image_size, config.image_size)
-        if x_BCHW.dtype != torch.uint8 or x_BCHW.dim() != 4 or x_BCHW.shape[1:] != wanted:
-            raise UserError(
-                f"images: {x_BCHW.dtype} of shape {tuple(x_BCHW.shape)}; this model reads "
-                f"uint8 of shape (batch, {', '.join(map(str, wanted))})"
-            )
-        level_BCHW = uint8_to_levels(x_BCHW, config.num_levels)
-        if config.likelihood == "published_5bit":
-            pixel_BCHW = x_BCHW.to(self.decoder.gain.dtype)  # its encoder sees all 8 bits
-        else:
-            pixel_BCHW = level_BCHW.to(self.decoder.gain.dtype) * (255 / (config.num_levels - 1))
-        return level_BCHW, (pixel_BCHW + config.shift) * config.scale
+        return network_input(self.config, x_BCHW, self.decoder.gain.dtype)
+
+    @property
+    def latent_resolutions(self) -> tuple[int, ...]:
+        """That of each stochastic layer, top first."""
+        return tuple(entry.resolution for entry in self.decoder.layout)
 
     def _noise(self, batch: int, noise: Tensor | Generators) -> Iterator[Tensor]:
         """Standard normal noise for each layer [B,Z,H,W], cut from one flat tensor [B,N]."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vdvae.config import ModelConfig, UserError, shown
+from vdvae.autoregressive import PixelCNN
+from vdvae.config import ImageModelConfig, UserError, shown
 from vdvae.model import VDVAE
+from vdvae.models import ImageModel, with_latents
 from vdvae.randomness import check_seed, content_key, evaluation_noise, generator_of
 
 PIXELS_A_BATCH = 256 * 32 * 32  # bounds memory: 256 images of 32x32, 4 of 256x256, one of more
@@ -18,12 +20,12 @@ MOST_STEPS = 1024  # of an interpolation: one picture holds them side by side
 _DRAWN_AT_ONCE, _PIXELS_DRAWN = 16, 16 * 32 * 32  # 16 images of 32x32, 4 of 64x64, one of more
 
 
-def images_a_batch(config: ModelConfig) -> int:
+def images_a_batch(config: ImageModelConfig) -> int:
     """How many images go through a model at once."""
     return max(1, PIXELS_A_BATCH // config.image_size**2)
 
 
-def draw(model: VDVAE, n: int, temperature: float, seed: int) -> Tensor:
+def draw(model: ImageModel, n: int, temperature: float, seed: int) -> Tensor:
     """Draws images, each a function of (seed, its number) alone.
 
     With a larger n the first ones stay the same, bit for bit on one machine: each image has random
@@ -57,13 +59,16 @@ def draw(model: VDVAE, n: int, temperature: float, seed: int) -> Tensor:
 
 @torch.no_grad()
 def reconstruction_ladder(
-    model: VDVAE, x_BCHW: Tensor, seed: int, temperature: float = 0.1
+    model: ImageModel, x_BCHW: Tensor, seed: int, temperature: float = 0.1
 ) -> dict[int, Tensor]:
     """Reconstructions from the latents up to each resolution.
 
     The posterior gives the latents of all layers up to the resolution; the prior, at low
     temperature, the rest (Fig. 4: which images are likely given a part of the latents). All draws
     are functions of (seed, content of the image).
+
+    An autoregressive model has no latents: it is given no row, then a quarter of the rows, and so
+    on, and draws the others.
 
     Args:
         model: on its device.
@@ -72,13 +77,15 @@ def reconstruction_ladder(
         temperature: scale of the prior's standard deviation.
 
     Returns:
-        {resolution: uint8 [B,C,H,W]}, the lowest resolution first.
+        {resolution: uint8 [B,C,H,W]}, the lowest resolution first; or by the number of rows given.
 
     Raises:
         UserError: a seed out of bounds, or images that are not the model's.
     """
     check_seed(seed)
-    resolutions = [entry.resolution for entry in model.decoder.layout]
+    if not isinstance(model, VDVAE):
+        return _completions(model, x_BCHW, seed)
+    resolutions = model.latent_resolutions
     rungs: dict[int, list[Tensor]] = {resolution: [] for resolution in model.decoder.resolutions}
     # One by one: a batch of other size would round otherwise.
     for x_CHW in x_BCHW:
@@ -91,7 +98,18 @@ def reconstruction_ladder(
     return {resolution: torch.cat(images) for resolution, images in rungs.items()}
 
 
-def interpolate(model: VDVAE, x_CHW: Tensor, y_CHW: Tensor, steps: int, seed: int) -> Tensor:
+def _completions(model: PixelCNN, x_BCHW: Tensor, seed: int) -> dict[int, Tensor]:
+    size = model.config.image_size
+    device = next(model.parameters()).device
+    rungs: dict[int, list[Tensor]] = {size * quarters // 4: [] for quarters in range(4)}
+    for x_CHW in x_BCHW:
+        generator = generator_of("reconstruct", seed, content_key(x_CHW))
+        for rows, images in rungs.items():
+            images.append(model.complete(x_CHW[None].to(device), rows, generator=generator))
+    return {rows: torch.cat(images) for rows, images in rungs.items()}
+
+
+def interpolate(model: ImageModel, x_CHW: Tensor, y_CHW: Tensor, steps: int, seed: int) -> Tensor:
     """Interpolates between two images; the first and last image are their reconstructions.
 
     Each layer's latents are interpolated spherically (`slerp`) between draws of the two posteriors.
@@ -118,6 +136,7 @@ def interpolate(model: VDVAE, x_CHW: Tensor, y_CHW: Tensor, steps: int, seed: in
     if steps > MOST_STEPS:
         raise UserError(f"steps: {shown(steps)} is out of bounds; use 2 to {MOST_STEPS} images")
     check_seed(seed)
+    model = with_latents(model)
     parameter = model.decoder.gain
     ends = []
     for image_CHW in (x_CHW, y_CHW):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vdvae.config import DecoderBlock, EncoderBlock, ModelConfig
+from vdvae.config import AnyModelConfig, DecoderBlock, EncoderBlock, ModelConfig
 from vdvae.model import VDVAE
+from vdvae.models import build
 
 _FLOAT_BYTES = 4
 _COPIES = 5  # of each weight in training: itself, gradient, two moments of Adam, average
@@ -59,7 +60,7 @@ class Summary:
         return state + batch_size * self.activation_bytes
 
 
-def summarise(config: ModelConfig, checkpoint_activations_from: int = 0) -> Summary:
+def summarise(config: AnyModelConfig, checkpoint_activations_from: int = 0) -> Summary:
     """The figures of a config's model, without its memory: seconds for the largest recipe.
 
     Args:
@@ -68,7 +69,7 @@ def summarise(config: ModelConfig, checkpoint_activations_from: int = 0) -> Summ
             counted as FLOP.
     """
     with torch.device("meta"):
-        model = VDVAE(config)
+        model = build(config)
         model.checkpoint_activations_from = checkpoint_activations_from
         shape = (1, config.image_channels, config.image_size, config.image_size)
         x_BCHW = torch.empty(shape, dtype=torch.uint8)
@@ -86,8 +87,23 @@ def summarise(config: ModelConfig, checkpoint_activations_from: int = 0) -> Summ
             model(x_BCHW, noise_BN)
         model.requires_grad_(False)
         sampling = FlopCounterMode(display=False)
-        with sampling:
-            model.likelihood_parameters(1, temperature=0.0)
+        if isinstance(model, VDVAE):
+            with sampling:
+                model.likelihood_parameters(1, temperature=0.0)
+    activation_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    parameters_in_all = sum(parameter.numel() for parameter in model.parameters())
+    if not isinstance(config, ModelConfig) or not isinstance(model, VDVAE):
+        return Summary(
+            rows=(),
+            encoder_blocks=0,
+            decoder_blocks=0,
+            latents=0,
+            parameters=parameters_in_all,
+            forward_flop=counter.get_total_flops(),
+            # With cached activations each is computed once, as in a forward pass.
+            sampling_flop=counter.get_total_flops(),
+            activation_bytes=activation_bytes,
+        )
     flop = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
 
     encoder, decoder = model.encoder, model.decoder
@@ -128,8 +144,8 @@ def summarise(config: ModelConfig, checkpoint_activations_from: int = 0) -> Summ
         encoder_blocks=len(model.encoder.layout),
         decoder_blocks=len(model.decoder.layout),
         latents=config.num_latents,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=parameters_in_all,
         forward_flop=counter.get_total_flops(),
         sampling_flop=sampling.get_total_flops(),
-        activation_bytes=sum(tensor.untyped_storage().nbytes() for tensor in kept.values()),
+        activation_bytes=activation_bytes,
     )

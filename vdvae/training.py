@@ -28,10 +28,11 @@ from vdvae.checkpoint import (
     check_values,
     read_newest_state,
 )
-from vdvae.config import ModelConfig, TrainConfig, UserError
+from vdvae.config import AnyModelConfig, TrainConfig, UserError, model_config_of
 from vdvae.distributed import SINGLE, Ranks, no_sync
 from vdvae.doctor import Finding, Point
-from vdvae.model import VDVAE, bits_per_dim
+from vdvae.model import bits_per_dim
+from vdvae.models import ImageModel, build
 from vdvae.precision import allow_tf32, autocast, check_precision
 from vdvae.randomness import seed_of, training_noise
 
@@ -60,8 +61,8 @@ class Progress:
 class TrainState(Resumable):
     """Everything that resumes. Data position, noise and learning rate follow from `step`."""
 
-    model: VDVAE
-    ema: VDVAE  # averaged weights: what is evaluated and kept
+    model: ImageModel
+    ema: ImageModel  # averaged weights: what is evaluated and kept
     optimiser: torch.optim.AdamW
     forward: nn.Module  # the model, or its DDP wrapper
     best: dict[str, Tensor] = field(default_factory=dict)  # weights with `best_bits_per_dim`
@@ -94,7 +95,7 @@ class TrainState(Resumable):
         if newest is None:
             return
         tensors, index = newest
-        if index["config"] != self.model.config.to_dict():
+        if model_config_of(index["config"], str(folder)) != self.model.config:
             raise UserError(
                 f"{folder}: holds checkpoints of another model config; move that folder away, "
                 f"or set the config back, then run the same command again"
@@ -134,18 +135,19 @@ class TrainState(Resumable):
         optimised = {part for part in held if part.startswith("optimiser.")}
         if not held.keys() <= parts.keys() or len(optimised) not in (0, 3):
             raise UserError(f"{where}: holds other parts than a checkpoint's; {remedy}")
+        dtype = next(self.model.parameters()).dtype
         for part, held_tensors in held.items():
             check_fit(held_tensors, parts[part], f"{where}: {part} does not fit the model", remedy)
             check_values(
                 held_tensors,
                 f"{where}: {part}",
                 remedy,
-                dtype=torch.float32 if part == "optimiser.step" else self.model.decoder.gain.dtype,
+                dtype=torch.float32 if part == "optimiser.step" else dtype,
                 largest=torch.finfo(torch.float32).max if part in optimised else LARGEST,
             )
 
     @torch.no_grad()
-    def finished_model(self) -> VDVAE:
+    def finished_model(self) -> ImageModel:
         """The averaged weights with the best validation figure, or the last ones."""
         for name, parameter in self.ema.named_parameters():
             if self.best:
@@ -202,7 +204,7 @@ def share_of(config: TrainConfig, ranks: Ranks) -> int:
 
 
 def start(
-    model_config: ModelConfig,
+    model_config: AnyModelConfig,
     config: TrainConfig,
     device: torch.device,
     ranks: Ranks = SINGLE,
@@ -222,8 +224,8 @@ def start(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("weights", config.seed))
-        model = VDVAE(model_config)
-        ema = VDVAE(model_config)
+        model = build(model_config)
+        ema = build(model_config)
     ema.load_state_dict(model.state_dict())
     for module in (model, ema):
         module.to(device, dtype)
@@ -309,22 +311,22 @@ def update(
         "distortion_bits_per_dim": float(bits_per_dim(distortion_nats, dims)),
         "gradient_norm": gradient_norm,
     }
-    for entry, kl_nats in zip(state.model.decoder.layout, kl_nats_L, strict=True):
-        name = f"rate_bits_per_dim/res_{entry.resolution}"
+    for resolution, kl_nats in zip(state.model.latent_resolutions, kl_nats_L, strict=True):
+        name = f"rate_bits_per_dim/res_{resolution}"
         figures[name] = figures.get(name, 0.0) + float(bits_per_dim(kl_nats, dims))
     return figures
 
 
 def train(
-    model_config: ModelConfig,
+    model_config: AnyModelConfig,
     config: TrainConfig,
     batches: Batches,
     folder: Path,
     on_progress: Callable[[Progress], bool],
-    validate: Callable[[VDVAE], float] | None = None,
-    on_log: Callable[[int, VDVAE], None] | None = None,
+    validate: Callable[[ImageModel], float] | None = None,
+    on_log: Callable[[int, ImageModel], None] | None = None,
     ranks: Ranks = SINGLE,
-) -> VDVAE | None:
+) -> ImageModel | None:
     """Trains to the last step, from the newest checkpoint in `folder` if there is one.
 
     To resume, call it again with the same arguments: in float32 on one machine with one number of
@@ -437,8 +439,8 @@ def train(
 
 def _log_pending(
     state: TrainState,
-    validate: Callable[[VDVAE], float] | None,
-    on_log: Callable[[int, VDVAE], None] | None,
+    validate: Callable[[ImageModel], float] | None,
+    on_log: Callable[[int, ImageModel], None] | None,
     ranks: Ranks,
 ) -> Point | None:
     """Validates and logs the pending point, and moves it to the history.

@@ -11,6 +11,7 @@ import typer
 from pipeline.cli.models import models
 from pipeline.cli.words import Folder, Json, Recipe, given, group, option, with_overrides, word
 from vdvae import __version__
+from vdvae.config import UserError
 from vdvae.files import path_of
 
 app = group("Very deep VAEs (Child 2021): from images to a registered model.")
@@ -62,6 +63,19 @@ def _seeds(
     run_seeds(recipe, parse_seeds(seeds), given(overrides))
 
 
+@word(app, "study", "vdvae study depth --jobs 2", "vdvae study depth --mini --dry-run")
+def _study(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="In studies of params.yaml.")],
+    mini: Annotated[bool, option("The short version: smaller, fewer seeds.", "--mini")] = False,
+    jobs: Annotated[int, option("Cells at once.", min=1, max=64)] = 1,
+    dry_run: Annotated[bool, option("Only list the cells.", "--dry-run")] = False,
+) -> None:
+    """Train what a study of the paper's claims lacks, compare, judge."""
+    from pipeline.commands.study import study
+
+    study(name, mini, jobs, dry_run)
+
+
 @word(app, "show", "vdvae show digits", "vdvae show digits --json | jq .test.bits_per_dim")
 def _show(recipe: Recipe, as_json: Json = False) -> None:
     """The figures of a recipe, and where to look further."""
@@ -87,13 +101,19 @@ def _report(
 
 @word(app, "check", "vdvae check")
 def _check() -> None:
-    """Check every recipe of params.yaml."""
+    """Check every recipe and study of params.yaml."""
     from pipeline.params import load_recipe, read_params
 
     recipes = read_params()["recipes"]
     for name in recipes:
         load_recipe(name)
     print(f"params.yaml: {len(recipes)} recipes are well formed: {', '.join(recipes)}")
+    if studies := read_params()["studies"]:
+        from pipeline.studies.declaration import load_study
+
+        for name in studies:
+            load_study(name)
+        print(f"params.yaml: {len(studies)} studies are well formed: {', '.join(studies)}")
 
 
 @word(app, "settings", "vdvae settings", "vdvae settings --json")
@@ -135,17 +155,23 @@ def _describe(
     describe(recipe, batch)
 
 
-@word(app, "plan", "vdvae plan cifar10", "vdvae plan cifar10 --no-probe --json")
+@word(app, "plan", "vdvae plan cifar10 --no-probe --json", "vdvae plan --study depth")
 def _plan(
-    recipe: Recipe,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Its name in params.yaml.")] = "",
+    study: Annotated[str, option("A study instead of a recipe.", metavar="NAME")] = "",
+    mini: Annotated[bool, option("Its short version.", "--mini")] = False,
     no_probe: Annotated[bool, option("Leave out ten steps of training.", "--no-probe")] = False,
     as_json: Json = False,
 ) -> None:
-    """What a recipe will cost here: arithmetic, memory, disk, hours, what reruns."""
+    """What a recipe or a study will cost here: arithmetic, memory, disk, hours, what reruns."""
     from pipeline.commands.output import print_json
     from pipeline.commands.plan import plan
+    from pipeline.commands.study import plan_study
 
-    lines = plan(recipe, probe=not no_probe)
+    if bool(recipe) == bool(study):
+        raise UserError("plan: name a recipe, or a study with --study NAME")
+    probe = not no_probe
+    lines = plan_study(study, mini, probe) if study else plan(recipe, probe)
     if as_json:
         print_json(dict(lines))
         return
@@ -223,7 +249,7 @@ def _import(
 
 @word(app, "fetch", "vdvae fetch cifar10", "vdvae fetch imagenet32 --mirror https://my.host/files")
 def _fetch(
-    data: Literal["cifar10", "imagenet32", "imagenet64", "ffhq256"],
+    data: Literal["cifar10", "fashion-mnist", "imagenet32", "imagenet64", "ffhq256"],
     mirror: Annotated[
         str | None, option("Where files of the same names are, not the published one.")
     ] = None,

@@ -76,6 +76,7 @@ class Made:
 
     def __str__(self) -> str:
         name, model, train = self.recipe.name, self.recipe.model, self.recipe.train
+        assert isinstance(model, ModelConfig)
         if name in self.active:
             run = f"dvc repro register@{name}"
         else:

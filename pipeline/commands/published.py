@@ -23,7 +23,7 @@ from pipeline.sources.fetch import download, held
 from pipeline.stages.evaluate import SPLITS, measure
 from pipeline.stages.scoring import tell
 from pipeline.storage import open_store
-from vdvae.config import Likelihood, UserError
+from vdvae.config import Likelihood, ModelConfig, UserError
 from vdvae.files import atomic_write_json, read_json, read_regular
 
 FOLDER = Path("data/raw/published")
@@ -62,6 +62,9 @@ def import_published(
         UserError: it cannot be had, is not what it was, or is not of this model.
     """
     recipe, places = load_recipe(recipe_name), Places.from_env()
+    config = recipe.model
+    if not isinstance(config, ModelConfig):
+        raise UserError(f"{recipe_name}: is no VDVAE, as the published checkpoints are")
     manifest = Manifest.load(places.manifest(recipe_name))
     if file is None:
         url = url or _address(recipe_name, seed)
@@ -76,15 +79,15 @@ def import_published(
     from vdvae.published import load_published
 
     arithmetic: Likelihood = "published_5bit" if recipe.model.num_levels == 32 else "published"
-    published = replace(recipe, model=replace(recipe.model, likelihood=arithmetic))
+    published = replace(recipe, model=replace(config, likelihood=arithmetic))
     with held(file, SUMS) as sha256:
         weights = read_checkpoint(file)
-        model = load_published(published.model, weights)
+        model = load_published(replace(config, likelihood=arithmetic), weights)
     there = replace(places, results_root=RESULTS)
     results = there.results(recipe_name)
     save(model, there.model(recipe_name))
     measure(published, there)
-    normalised = load_published(replace(recipe.model, likelihood="normalised"), weights)
+    normalised = load_published(replace(config, likelihood="normalised"), weights)
     metrics = read_json(results / "metrics.json", "run the same command again")
     metrics |= _normalised(recipe, normalised, manifest, places)
     atomic_write_json(results / "metrics.json", metrics)

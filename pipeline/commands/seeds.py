@@ -12,13 +12,12 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pipeline import tracking
 from pipeline.commands.output import print_table
+from pipeline.dvc import cache_folder
 from pipeline.flows import experiment
 from pipeline.flows.overrides import Overrides
 from pipeline.params import Places, load_recipe
@@ -128,9 +127,8 @@ def _row(recipe: str, seed: int, name: str, revision: str, places: Places) -> di
     metrics = _json(revision, f"{folder}/metrics.json")
     conditions = _json(revision, f"{folder}/conditions.json")
     settings = parse_yaml(experiment.read(revision, "params.yaml"), f"params.yaml of {revision}")
-    with tempfile.TemporaryDirectory() as scratch:
-        run_file = experiment.fetch(revision, f"{folder}/run.json", Path(scratch))
-        run = tracking.find_run(places, run_file)
+    run_file = experiment.cached(revision, f"{folder}/run.json", cache_folder())
+    run = tracking.find_run(places, run_file)
     return {
         "seed": seed,
         "experiment": name,

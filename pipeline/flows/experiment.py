@@ -19,6 +19,7 @@ from pipeline.git import CHANGES, git
 from pipeline.params import Places
 from pipeline.settings import Settings, variable
 from pipeline.system.commands import CommandFailed
+from pipeline.yaml_files import parse_yaml
 from vdvae.config import UserError
 
 _RAW = Path("data/raw")
@@ -141,6 +142,14 @@ def find(name: str, baseline: str) -> str | None:
         return None
 
 
+def find_any(name: str) -> str | None:
+    """The commit of the newest experiment of that name, whatever it is based on."""
+    found = git(
+        "for-each-ref", "--sort=-committerdate", "--format=%(objectname)", f"refs/exps/*/*/{name}"
+    )
+    return found.split()[0] if found else None
+
+
 def read(revision: str, path: str) -> str:
     """A file that git keeps, as it is in an experiment.
 
@@ -156,21 +165,27 @@ def read(revision: str, path: str) -> str:
         ) from None
 
 
-def fetch(revision: str, path: str, folder: Path) -> Path:
-    """Copies a file that DVC keeps, as it is in an experiment, into a folder.
+def cached(revision: str, path: str, cache: Path) -> Path:
+    """A file that DVC keeps, as it is in an experiment, where it lies in DVC's cache.
+
+    Args:
+        revision: the experiment's commit.
+        path: an output of a stage.
+        cache: `dvc.cache_folder()`.
 
     Raises:
-        UserError: with DVC's last line, where it is not in the cache.
+        UserError: it is not in the cache, or no output there.
     """
-    target = folder / Path(path).name
-    try:
-        dvc("get", ".", path, "--rev", revision, "-o", str(target))
-    except CommandFailed as error:
+    stages = parse_yaml(read(revision, "dvc.lock"), f"dvc.lock of {revision[:7]}")["stages"]
+    outs = [out for stage in stages.values() for out in stage.get("outs", ())]
+    md5 = next((str(out["md5"]) for out in outs if out["path"] == path), "")
+    file = cache / "files/md5" / md5[:2] / md5[2:]
+    if not md5 or not file.is_file():
         raise UserError(
-            f"experiment {revision[:7]}: {path} is not in DVC's cache ({error}); remove it with "
+            f"experiment {revision[:7]}: {path} is not in DVC's cache; remove it with "
             f"'dvc exp remove {revision[:7]}', then run the same command again"
-        ) from None
-    return target
+        )
+    return file
 
 
 def uncommitted(origin: Path) -> list[str]:

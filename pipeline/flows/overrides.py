@@ -230,6 +230,20 @@ def apply(overrides: Overrides, recipe: str, path: Path = PARAMS) -> Recipe:
         raise
 
 
+def change(recipe: str, settings: Mapping[str, Any], path: Path = PARAMS) -> None:
+    """Writes `section.key: value` of a recipe into params.yaml, keeping its comments.
+
+    Raises:
+        UserError: naming the setting that does not do; the file is then as it was.
+    """
+    load_recipe(recipe, path, settings)
+    document = read_document(path)
+    for setting, value in settings.items():
+        section, _, key = setting.partition(".")
+        document["recipes"][recipe].setdefault(section, {})[key] = value
+    write_document(document, path)
+
+
 def own_values(recipe: str, path: Path = PARAMS) -> dict[str, str]:
     """What each field of the form that is left alone means, in words.
 
@@ -271,6 +285,13 @@ def shrink(sections: Any) -> None:
     Every resolution, every way between two and the likelihood stay; widths and counts shrink.
     """
     model, train = sections["model"], sections["train"]
+    train |= _SMOKE
+    sections["evaluate"]["batch_size"] = min(sections["evaluate"]["batch_size"], 16)
+    sections["sample"] |= {"n": 4, "reconstructions": 4}
+    model["mixtures"] = min(model["mixtures"], 3)
+    if model.get("kind") == "pixelcnn":
+        model |= {"width": min(model["width"], 16), "layers": min(model["layers"], 2)}
+        return
     for side in ("encoder", "decoder"):
         model[side] = re.sub(r"(\d+)x\d+", r"\1x1", model[side])
     narrow = min(model["width"], 16)
@@ -282,10 +303,6 @@ def shrink(sections: Any) -> None:
         )
     model["width"] = narrow
     model["latent_channels"] = min(model["latent_channels"], 4)
-    model["mixtures"] = min(model["mixtures"], 3)
-    train |= _SMOKE
-    sections["evaluate"]["batch_size"] = min(sections["evaluate"]["batch_size"], 16)
-    sections["sample"] |= {"n": 4, "reconstructions": 4}
 
 
 def data_roots() -> list[str]:

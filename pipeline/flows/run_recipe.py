@@ -13,11 +13,12 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from prefect import Flow, flow, get_run_logger, runtime, task
@@ -28,7 +29,7 @@ from prefect.states import Cancelled, Failed, Scheduled, State
 from pipeline.dvc import check_recipe
 from pipeline.flows import experiment
 from pipeline.flows.engine import PARENT, cancelling, in_engine, leave
-from pipeline.flows.overrides import OWN, Overrides, apply, as_form, form_text, own_values
+from pipeline.flows.overrides import OWN, Overrides, apply, as_form, change, form_text, own_values
 from pipeline.flows.page import Page, Throttle
 from pipeline.flows.repro import StageFailed, run_stage
 from pipeline.params import Places, load_recipe
@@ -50,6 +51,7 @@ class _Shell:
     recipe: str
     in_clone: bool
     experiment: str | None = None  # its name, where the caller wants to find it again
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of a study's cell
     exit_code: int = 1  # where the run fails
 
 
@@ -125,6 +127,9 @@ def _run(recipe: str, overrides: Overrides, in_clone: bool) -> State[None] | Non
                 )
             experiment.prepare(origin)
             apply(overrides, recipe)
+            shell = _shell.get()
+            if shell and shell.settings:
+                change(recipe, shell.settings)
             if overrides.note:
                 logger.info("note: %s", overrides.note)
         check_recipe(recipe)
@@ -141,7 +146,6 @@ def _run(recipe: str, overrides: Overrides, in_clone: bool) -> State[None] | Non
                 return ending(message=state.message)
             page.end(stage, "done")
         if in_clone:
-            shell = _shell.get()
             name = (shell and shell.experiment) or f"{_run_name()}-{uuid.uuid4().hex[:8]}"
             experiment.publish(name, recipe, overrides.stages, overrides.note)
             logger.info(
@@ -275,12 +279,18 @@ def _gpu(runs: Path, wanted: int) -> Iterator[None]:
                 os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
-def main(recipe: str, overrides: Overrides | None = None, name: str | None = None) -> None:
+def main(
+    recipe: str,
+    overrides: Overrides | None = None,
+    name: str | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Runs the flow from the shell, without a server of one's own.
 
     Without overrides it works in the checkout; with some, in a clone of it, whose results come
-    back as a DVC experiment, of that name where one is given. Exits as the stage that failed did:
-    2 for bad input, 143 after a signal.
+    back as a DVC experiment, of that name where one is given; `settings` are further ones of that
+    run, `section.key: value`. Exits as the stage that failed did: 2 for bad input, 143 after a
+    signal.
     """
     root = Path.cwd()
     try:
@@ -292,7 +302,7 @@ def main(recipe: str, overrides: Overrides | None = None, name: str | None = Non
             os.environ.setdefault("VDVAE_DATA_ROOTS", "/,s3://")
             experiment.share_places(root)
         with _workplace(root, overrides):
-            shell = _Shell(recipe, overrides is not None, name)
+            shell = _Shell(recipe, overrides is not None, name, settings)
             _shell.set(shell)
             values = overrides.model_dump() if overrides else {}
             state = run_recipe(**values, return_state=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.shards import Manifest
-from vdvae.config import ModelConfig
+from vdvae.config import AnyModelConfig, PixelCNNConfig
 
 # Child 2021, appendix A.6 (broader impact), and what the figures themselves leave open.
 _LIMITS = """\
@@ -26,7 +26,7 @@ _LIMITS = """\
 def model_card(
     *,
     name: str,
-    config: ModelConfig,
+    config: AnyModelConfig,
     parameters: int,
     manifest: Manifest,
     metrics: Mapping[str, Mapping[str, float]],
@@ -110,9 +110,7 @@ Every image once, from the averaged weights, in {conditions.get("precision", "fp
 
 ## Model
 
-{parameters:,} parameters, {len(config.latent_shapes)} stochastic layers, {config.num_latents:,} \
-latents an image, width {config.width}.
-Encoder `{config.encoder}`, decoder `{config.decoder}`.
+{parameters:,} parameters, {_architecture(config)}
 {made} Weights sha256 `{tags["weights_sha256"]}`.
 
 ## To make it again
@@ -130,3 +128,15 @@ Settings other than that revision's stand in the parameters of the MLflow run.
 
 {_LIMITS}
 """
+
+
+def _architecture(config: AnyModelConfig) -> str:
+    if isinstance(config, PixelCNNConfig):
+        return (
+            f"an autoregressive model (PixelCNN) of {config.layers} gated blocks, width "
+            f"{config.width}. A sample takes one network evaluation a pixel."
+        )
+    return (
+        f"{len(config.latent_shapes)} stochastic layers, {config.num_latents:,} latents an image, "
+        f"width {config.width}.\nEncoder `{config.encoder}`, decoder `{config.decoder}`."
+    )

@@ -45,7 +45,7 @@ from pipeline.shards import Manifest
 from pipeline.tracking import Run
 from pipeline.tracking.run import COPY, LOCK_COPY
 from vdvae.checkpoint import CONFIG, WEIGHTS
-from vdvae.config import ModelConfig, UserError
+from vdvae.config import AnyModelConfig, UserError
 from vdvae.files import atomic_write_json, read_json, sha256_of
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def _check_figures(
 
 
 def _version_tags(
-    folder: Path, config: ModelConfig, manifest: Manifest, metrics: dict[str, Any]
+    folder: Path, config: AnyModelConfig, manifest: Manifest, metrics: dict[str, Any]
 ) -> dict[str, str]:
     tags = {
         "weights_sha256": sha256_of(folder / WEIGHTS),
@@ -300,7 +300,7 @@ def _create_version(
     name: str,
     recipe_name: str,
     places: Places,
-    config: ModelConfig,
+    config: AnyModelConfig,
     card: str,
     tags: dict[str, str],
 ) -> Version:
@@ -326,7 +326,7 @@ def _upload(
     run_id: str,
     recipe_name: str,
     places: Places,
-    config: ModelConfig,
+    config: AnyModelConfig,
     card: str,
     tags: dict[str, str],
 ) -> str:
@@ -364,7 +364,7 @@ def _damaged(version: Version, places: Places) -> bool:
 
 
 def _save_pyfunc(
-    target: Path, folder: Path, config: ModelConfig, run_id: str, tags: dict[str, str]
+    target: Path, folder: Path, config: AnyModelConfig, run_id: str, tags: dict[str, str]
 ) -> None:
     import mlflow.pyfunc
     from mlflow.models import Model
@@ -391,7 +391,7 @@ def _save_pyfunc(
         )
 
 
-def _signature(config: ModelConfig, seed: int, passes: int) -> ModelSignature:
+def _signature(config: AnyModelConfig, seed: int, passes: int) -> ModelSignature:
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec

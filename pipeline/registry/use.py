@@ -50,10 +50,10 @@ from pipeline.system.progress import counted
 from pipeline.tracking.run import COPY, LOCK_COPY
 from pipeline.yaml_files import read_yaml
 from vdvae.checkpoint import CONFIG, WEIGHTS
-from vdvae.config import ModelConfig, UserError
+from vdvae.config import AnyModelConfig, UserError
 from vdvae.evaluate import Scores, evaluate
 from vdvae.files import atomic_path, sha256_of, target_of
-from vdvae.model import VDVAE
+from vdvae.models import ImageModel, with_latents
 from vdvae.precision import exact_float32
 from vdvae.sampling import draw, images_a_batch, reconstruction_ladder
 from vdvae.sampling import interpolate as way_between
@@ -74,7 +74,7 @@ def get(reference: str) -> Version:
         return find(client, reference, places)
 
 
-def load(reference: str) -> VDVAE:
+def load(reference: str) -> ImageModel:
     """The model, on the CPU, in evaluation mode; its bytes are those that were registered."""
     return _load(reference)[1]
 
@@ -254,7 +254,7 @@ def encode(reference: str, folder: Path, output: Path) -> int:
     `layer_<number>_<resolution>x<resolution>` [N,Z,H,W], float32: the means of the posteriors, each
     given the means above it. Memory holds one batch; the disk beside `output` all of it twice.
     """
-    _, model = _load(reference)
+    model = with_latents(_load(reference)[1])
     paths = _images(folder, model.config)
     keys: list[str] = []
     with (
@@ -356,7 +356,7 @@ def export(reference: str, folder: Path) -> Version:
     return version
 
 
-def _load(reference: str) -> tuple[Version, VDVAE]:
+def _load(reference: str) -> tuple[Version, ImageModel]:
     places = Places.from_env()
     with client_of(places) as client, tempfile.TemporaryDirectory() as folder:
         version = find(client, reference, places)
@@ -365,7 +365,7 @@ def _load(reference: str) -> tuple[Version, VDVAE]:
     return version, model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _images(folder: Path, config: ModelConfig) -> list[Path]:
+def _images(folder: Path, config: AnyModelConfig) -> list[Path]:
     """The image files below a folder by name, every one of which the model can read."""
     if not folder.is_dir():
         raise UserError(f"{folder}: is no folder; name one of {', '.join(FORMATS)} images")
@@ -381,7 +381,7 @@ def _images(folder: Path, config: ModelConfig) -> list[Path]:
     return _checked(paths, config)
 
 
-def _checked(paths: list[Path], config: ModelConfig) -> list[Path]:
+def _checked(paths: list[Path], config: AnyModelConfig) -> list[Path]:
     # All are looked at first: the model takes long, and half a result is none.
     sentences = []
     for path in paths:
@@ -394,7 +394,7 @@ def _checked(paths: list[Path], config: ModelConfig) -> list[Path]:
     return paths
 
 
-def _read(path: Path, config: ModelConfig) -> Tensor:
+def _read(path: Path, config: AnyModelConfig) -> Tensor:
     name, size = one_line(str(path)), config.image_size
     picture = decode(read_image(path, name), name, config.image_channels)
     if picture.size != (size, size):
@@ -407,7 +407,7 @@ def _read(path: Path, config: ModelConfig) -> Tensor:
 
 
 def _batches(
-    paths: Sequence[Path], folder: Path, config: ModelConfig
+    paths: Sequence[Path], folder: Path, config: AnyModelConfig
 ) -> Iterator[tuple[list[str], Tensor]]:
     size = images_a_batch(config)
     for start in range(0, len(paths), size):

@@ -16,11 +16,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 360, 240  # about what a chart measures on the page, so that text keeps its size
-# The page's light colours; in SVG their places are taken by its variables of these names.
+# The page's colours; in SVG its variables of these names stand before the light ones.
 LIGHT = {
     "card": "#ffffff", "ink": "#1c1b19", "soft": "#5c5952", "line": "#dfdbd2", "band": "#f1efe9",
     "warn": "#8a2b06", "s1": "#1f5fa8", "s2": "#b4470a", "s3": "#2b7a4b", "s4": "#7c3d97",
     "s5": "#7d6608", "s6": "#a3286a",
+}  # fmt: skip
+DARK = {
+    "card": "#1a1d21", "ink": "#e9e6df", "soft": "#a7a39a", "line": "#34383e", "band": "#22262b",
+    "warn": "#ffb48c", "s1": "#7db6f7", "s2": "#f2a36c", "s3": "#7ccb9d", "s4": "#cba3e6",
+    "s5": "#d9c25c", "s6": "#f29ac2",
 }  # fmt: skip
 _MOST = 400  # points of a line; more would not be seen
 _DASHES = ((), (5, 2), (1.5, 2))  # of lines, beside their colours
@@ -85,6 +90,7 @@ class Chart:
     mark: tuple[str, Point] | None = None  # one named point
     bands: Sequence[tuple[str, float, float]] = ()  # name, x from, x to
     x_ticks: Sequence[str] = ()  # names of x = 0, 1, and so on, where x is no number
+    legend: bool = False  # in SVG, too
 
     def svg(self) -> Markup:
         """The chart, with each line's last value as text alternative; "" without points."""
@@ -98,10 +104,20 @@ class Chart:
         text = self._saved("svg").decode()
         text = re.sub(r' id="[a-z0-9]+_\d+"', "", text[text.index("<svg") :])  # each chart has them
         for name, colour in LIGHT.items():
-            text = text.replace(colour, f"var(--{name})")
-        return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"{}').format(
+            text = text.replace(colour, f"var(--{name}, {colour})")
+        return Markup(
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            'class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"{}'
+        ).format(
             WIDTH, HEIGHT, f"{self.title}: {'; '.join(ends)}.", Markup(text[text.index(">") :])
         )
+
+    def standalone(self) -> str:
+        """The SVG as a file of its own, dark where its reader's screen is."""
+        dark = "".join(f"--{name}:{colour};" for name, colour in DARK.items())
+        style = f"<style>@media(prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
+        head, end, rest = self.svg().partition(">")
+        return f"{head}{end}{style}{rest}" if head else ""
 
     def png(self) -> bytes:
         """The same in light colours, with its title and a legend."""
@@ -112,7 +128,7 @@ class Chart:
 
         with rc_context(_STYLE):
             file = io.BytesIO()
-            figure = self.figure(legend=kind == "png")
+            figure = self.figure(legend=self.legend or kind == "png")
             if kind == "svg":
                 figure.savefig(file, format=kind, metadata=_NOTHING, transparent=True)
             else:
@@ -126,7 +142,7 @@ class Chart:
 
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
         axes = figure.subplots()
-        axes.set_title(f"{self.title}, {self.y_label}" if legend else self.y_label)
+        axes.set_title(self.y_label)
         axes.set_xlabel(self.x_label)
         axes.tick_params(length=0)
         axes.grid(axis="y", color=LIGHT["line"])

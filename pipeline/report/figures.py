@@ -5,6 +5,7 @@ Shapes: B batch, C image channels, H W, L stochastic layers.
 
 from __future__ import annotations
 
+import base64
 import itertools
 import math
 import tempfile
@@ -18,15 +19,17 @@ from pipeline.pictures import data_uri, save_grid, to_NHWC
 from pipeline.report.charts import Chart, Line
 from pipeline.shards import Manifest, ShardReader
 from pipeline.storage import open_store
+from vdvae.files import read_regular
 
 if TYPE_CHECKING:
     import torch
 
-    from vdvae.model import VDVAE
+    from vdvae.models import ImageModel
 
 TEMPERATURES = (1.0, 0.85, 0.6)  # of the paper's Figs. 7 to 9
 _SETTLED = 0.05  # of the steps, after which curves stay inside their frame
 _PICTURE_BYTES = 700_000  # most of one picture; a larger one is shown at half its size
+_DRAWING_BYTES = 1_000_000  # most of an SVG
 _MOST_SAMPLES = 36
 _SILENT_NATS = 0.01  # an image: a layer that carries less carries nothing
 
@@ -36,6 +39,15 @@ Facts = dict[str, Any]
 def picture(path: Path) -> str | None:
     """A picture's `data:` address, of bounded size; None where it is not there."""
     return data_uri(path, _PICTURE_BYTES) if path.exists() else None
+
+
+def svg_uri(path: Path) -> str | None:
+    """A drawing's `data:` address, in which nothing of it is run; None where it is not there."""
+    try:
+        content = read_regular(path, _DRAWING_BYTES, "make it again")
+    except FileNotFoundError:
+        return None
+    return "data:image/svg+xml;base64," + base64.b64encode(content).decode()
 
 
 def training_figures(path: Path, settings: Facts) -> list[Facts]:
@@ -134,7 +146,7 @@ def _training_charts(
     )
 
 
-def open_model(recipe: Recipe, places: Places) -> VDVAE:
+def open_model(recipe: Recipe, places: Places) -> ImageModel:
     """The finished model of a recipe, on the device that it was trained on, in exact float32.
 
     Raises:
@@ -148,7 +160,7 @@ def open_model(recipe: Recipe, places: Places) -> VDVAE:
     return vdvae.load(places.model(recipe.name)).to(device_of(recipe.train))
 
 
-def draw_samples(model: VDVAE, seed: int) -> list[tuple[str, str | None]]:
+def draw_samples(model: ImageModel, seed: int) -> list[tuple[str, str | None]]:
     """A grid at each temperature: how it was drawn, and its `data:` address."""
     from vdvae.sampling import draw
 
@@ -164,7 +176,7 @@ def draw_samples(model: VDVAE, seed: int) -> list[tuple[str, str | None]]:
     return samples
 
 
-def score_layers(model: VDVAE, manifest: Manifest, store_url: str, seed: int) -> Facts:
+def score_layers(model: ImageModel, manifest: Manifest, store_url: str, seed: int) -> Facts:
     """Which layer and which resolution carries how much, over the first validation images.
 
     Args:
@@ -178,9 +190,9 @@ def score_layers(model: VDVAE, manifest: Manifest, store_url: str, seed: int) ->
     return _information(model, x_BCHW, seed)
 
 
-def _affordable_images(model: VDVAE) -> int:
+def _affordable_images(model: ImageModel) -> int:
     """How many images cost about the same whatever their size: on a CPU 256 of 8x8, 16 of 32x32."""
-    pixels = 2**20 if model.decoder.gain.is_cuda else 2**14
+    pixels = 2**20 if next(model.parameters()).is_cuda else 2**14
     return max(4, min(256, pixels // model.config.image_size**2))
 
 
@@ -189,7 +201,7 @@ def sample_title(temperature: float, seed: int) -> str:
     return f"Temperature {temperature:g}, seed {seed}"
 
 
-def _information(model: VDVAE, x_BCHW: torch.Tensor, seed: int) -> Facts:
+def _information(model: ImageModel, x_BCHW: torch.Tensor, seed: int) -> Facts:
     """Rate by layer (Fig. 5), and by resolution beside the share of latents (Fig. 4)."""
     from vdvae.evaluate import score
     from vdvae.model import bits_per_dim

@@ -19,23 +19,28 @@ from pipeline import tracking
 from pipeline.dvc import LOCK, damaged, lock_entries
 from pipeline.params import Places, Recipe, load_recipe, read_params
 from pipeline.registry.receipt import registration, remedy
-from pipeline.report.charts import LIGHT, line_style
+from pipeline.report.charts import DARK, LIGHT, line_style
 from pipeline.report.figures import (
     draw_samples,
     open_model,
     picture,
     sample_title,
     score_layers,
+    svg_uri,
     training_figures,
 )
 from pipeline.report.table2 import TABLE_2, DataSet, data_set_of, why_not_comparable
 from pipeline.shards import Manifest
 from vdvae import __version__
-from vdvae.config import ModelConfig, UserError
+from vdvae.config import AnyModelConfig, PixelCNNConfig, UserError, model_config_of
 from vdvae.files import atomic_write, read_json, sha256_of
 
 REPORT = Path("results/report.html")
 _SPLITS = ("test", "validation")
+_OF_A_STUDY = (  # what the page shows of its table
+    "study", "mini", "claim", "paper", "recipe", "verdict", "level", "variants", "comparisons",
+    "cells",
+)  # fmt: skip
 _FIGURES = (
     "bits_per_dim",
     "bits_per_dim_se",
@@ -72,6 +77,8 @@ def write_report(
         rows=_rows(parts, [recipe for recipe in recipes if recipe not in done]),
         table_2=TABLE_2,
         light=LIGHT,
+        dark=DARK,
+        studies=_studies(places.results_root / "studies"),
         line_style=line_style,
         version=__version__,
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -83,6 +90,18 @@ def write_report(
                 tracking.connect(places.tracking_uri).log_artifact(run["id"], str(path))
         except UserError as error:
             tell(f"{name}: the page is not logged: {error}")
+
+
+def _studies(folder: Path) -> list[Facts]:
+    """Each study's table and figure, as they lie there."""
+    studies = []
+    for path in sorted(folder.glob("*/table.json")):
+        table, conditions = _read(path), _read(path.with_name("conditions.json"))
+        if not {*_OF_A_STUDY} <= table.keys() or not {"data", "precision"} <= conditions.keys():
+            raise UserError(f"{path}: is no study's table; run 'vdvae study {path.parent.name}'")
+        figure = svg_uri(path.with_name("figure.svg"))
+        studies.append(table | {"conditions": conditions, "figure": figure})
+    return studies
 
 
 def _has_results(results: Path) -> bool:
@@ -132,7 +151,7 @@ def _part(
     has_model = weights.exists() and (places.model(name) / "config.json").exists()
     if has_model:
         config_file = places.model(name) / "config.json"
-        config = ModelConfig.from_dict(_read(config_file), where=str(config_file))
+        config = model_config_of(_read(config_file), where=str(config_file))
     manifest = _manifest(places.manifest(name), tell)
     warnings = []
     if metrics and has_model and conditions.get("weights_sha256") != sha256_of(weights):
@@ -158,7 +177,8 @@ def _part(
         "metrics": metrics,
         "seeds": _seeds(results / "seeds.json", name, manifest, tell),
         "config": config,
-        "resolutions": sorted({height for _, height, _ in config.latent_shapes}),
+        "columns": sorted({height for _, height, _ in config.latent_shapes})
+        or [config.image_size * quarters // 4 for quarters in range(4)],
         **_size(config),
         "charts": training_figures(results / "curves.csv", settings),
         "reconstructions": picture(results / "reconstructions.png"),
@@ -188,7 +208,7 @@ def _drawn(
     try:
         model = open_model(recipe, places)
         drawn["samples"] = draw_samples(model, recipe.sample.seed)
-        if manifest:
+        if manifest and recipe.model.num_latents:
             drawn["information"] = score_layers(model, manifest, places.store_url, seed)
     except UserError as error:
         tell(f"{recipe.name}: not all could be drawn with the model: {error}")
@@ -271,20 +291,25 @@ def _settings(recipe: Recipe) -> Facts:
     return settings
 
 
-def _size(config: ModelConfig) -> Facts:
-    """Parameters and stochastic depth; the model is built without memory for its weights."""
+def _size(config: AnyModelConfig) -> Facts:
+    """Parameters, stochastic depth, and network evaluations of one sample.
+
+    The model is built without memory for its weights.
+    """
     import torch
 
-    from vdvae.model import VDVAE
+    from vdvae.models import build
 
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in VDVAE(config).parameters())
+        parameters = sum(parameter.numel() for parameter in build(config).parameters())
+    if isinstance(config, PixelCNNConfig):
+        return {"parameters": parameters, "depth": "", "evaluations": config.image_size**2}
     # Blocks of a group read the same input, so a group is one layer deep (Table 1, left).
     depth = math.ceil(len(config.latent_shapes) / config.group_size)
-    return {"parameters": parameters, "depth": depth}
+    return {"parameters": parameters, "depth": depth, "evaluations": 1}
 
 
-def _title(config: ModelConfig, manifest: Manifest | None) -> str:
+def _title(config: AnyModelConfig, manifest: Manifest | None) -> str:
     size, colour = config.image_size, "grey" if config.image_channels == 1 else "colour"
     source = f"{manifest.source.name}, " if manifest else ""
     return f"{source}{size}x{size} {colour}, {config.num_levels} levels"

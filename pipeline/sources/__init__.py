@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pipeline.params import DataConfig
 from pipeline.sources.source import Source
 
@@ -16,14 +18,16 @@ def open_source(recipe: str, data: DataConfig) -> Source:
     """
     from pipeline.sources.cifar10 import Cifar10
     from pipeline.sources.digits import Digits
+    from pipeline.sources.fashion_mnist import FashionMnist
     from pipeline.sources.ffhq import Ffhq
     from pipeline.sources.folder import Folder
     from pipeline.sources.imagenet import ImageNet
     from pipeline.sources.imagenet_npz import ImageNetNpz
 
-    kinds: dict[str, type[Digits | Cifar10 | ImageNet | ImageNetNpz | Ffhq | Folder]] = {
+    kinds: dict[str, Callable[[str, DataConfig], Source]] = {
         "digits": Digits,
         "cifar10": Cifar10,
+        "fashion_mnist": FashionMnist,
         "imagenet": ImageNet,
         "imagenet-npz": ImageNetNpz,
         "ffhq": Ffhq,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from pipeline.sources import cifar10, ffhq, imagenet
+from pipeline.sources import cifar10, fashion_mnist, ffhq, imagenet
 from pipeline.sources.raw import npy_header
 from pipeline.sources.tars import members
 from pipeline.system.process import exclusive_lock, try_lock
@@ -58,6 +58,10 @@ def _check_array(file: Path) -> None:
 
 DATA = {
     "cifar10": (Raw(cifar10.URL, Path("data/raw/cifar-10-binary.tar.gz"), cifar10.MD5),),
+    "fashion-mnist": tuple(
+        Raw(fashion_mnist.URL.format(file=file), Path("data/raw/fashion-mnist") / file, md5)
+        for file, md5 in fashion_mnist.MD5.items()
+    ),
     "imagenet32": _imagenet(32),
     "imagenet64": _imagenet(64),
     "ffhq256": (Raw(ffhq.URL, Path("data/raw/ffhq-256.npy"), check=_check_array),),

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from pipeline.params import DataConfig
 from pipeline.sources.decode import FORMATS, OddImage, decode
 from pipeline.sources.raw import File, raw_files, setting, suffix_of
-from pipeline.sources.source import Item, Run, images_or_why_not, on_levels
+from pipeline.sources.source import Item, Run, images_or_why_not, on_levels, require
 from pipeline.storage import one_line
 from vdvae.config import UserError
 
@@ -41,6 +41,7 @@ class Folder:
     terms = "those of the images' owner; this project does not know them"
 
     def __init__(self, recipe: str, data: DataConfig) -> None:
+        require(recipe, data, resize=("", "crop", "stretch"))
         self.files = raw_files(recipe, data, "set this key to your folder of images")
         self.recipe = recipe
         self.data = data

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vdvae.evaluate import Scores
-    from vdvae.model import VDVAE
+    from vdvae.models import ImageModel
 
     Batch = tuple[list[str], Tensor]  # names of images, and the images
 
@@ -106,9 +106,9 @@ def _per_image(scores: dict[str, Scores]) -> str:
     return rows.getvalue()
 
 
-def _rates(model: VDVAE, scores: dict[str, Scores]) -> dict[str, Any]:
+def _rates(model: ImageModel, scores: dict[str, Scores]) -> dict[str, Any]:
     """The rate of each stochastic layer, top first, and of each resolution, in bits/dim."""
-    layers = [entry.resolution for entry in model.decoder.layout]
+    layers = model.latent_resolutions
     rates_by_split = {}
     for split, score in scores.items():
         rates = score.rate_bits_per_dim_L().tolist()
@@ -116,7 +116,7 @@ def _rates(model: VDVAE, scores: dict[str, Scores]) -> dict[str, Any]:
             str(resolution): sum(
                 rate for layer, rate in zip(layers, rates, strict=True) if layer == resolution
             )
-            for resolution in model.decoder.resolutions
+            for resolution in sorted({*layers})
         }
         rates_by_split[split] = {"rate_bits_per_dim_by_resolution": by_resolution} | {
             "rate_bits_per_dim_by_layer": [

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pipeline.params import EvaluateConfig
     from vdvae.distributed import Ranks
     from vdvae.evaluate import Scores
-    from vdvae.model import VDVAE
+    from vdvae.models import ImageModel
 
     Batch = tuple[list[str], Tensor]  # names of images, and the images
 
@@ -27,7 +27,7 @@ _CAVEATS = {
 
 def scores_of(
     group: Ranks,
-    model: VDVAE,
+    model: ImageModel,
     reader: ShardReader,
     settings: EvaluateConfig,
     passes: int = 1,

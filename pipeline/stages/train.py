@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pipeline.stages.scoring import Batch
     from vdvae.distributed import Ranks
     from vdvae.doctor import Point
-    from vdvae.model import VDVAE
+    from vdvae.models import ImageModel
     from vdvae.training import Progress
 
 _BAR = Bar("training", "steps")
@@ -101,8 +101,8 @@ class _RankTrainer:
     def train(
         self,
         on_progress: Callable[[Progress], bool],
-        on_log: Callable[[int, VDVAE], None] | None = None,
-    ) -> VDVAE:
+        on_log: Callable[[int, ImageModel], None] | None = None,
+    ) -> ImageModel:
         """Trains this rank's share; see `vdvae.training.train`.
 
         Raises:
@@ -119,7 +119,7 @@ class _RankTrainer:
             size, seed = recipe.train.batch_size, recipe.train.seed
             return reader.batches(size, seed, start, group.rank, group.size)
 
-        def validate(model: VDVAE) -> float:
+        def validate(model: ImageModel) -> float:
             watched = partial(self.until_stopped, validation.images)
             scores = scores_of(group, model, validation, recipe.evaluate, watched=watched)
             return group.broadcast(scores.summary()["bits_per_dim"] if scores else 0.0)
@@ -198,7 +198,7 @@ def _train_main_rank(trainer: _RankTrainer, device: str) -> None:
     history: list[Point] = []
     logged = 0  # points of it
 
-    def on_log(step: int, model: VDVAE) -> None:
+    def on_log(step: int, model: ImageModel) -> None:
         if step % every == 0 or step == recipe.train.steps:
             draw_progress(
                 model,

@@ -16,6 +16,7 @@ from pipeline.tracking.store import (
     sqlite_path,
     without_credentials,
 )
+from pipeline.tracking.study import log_study
 
 __all__ = [
     "EXPERIMENT",
@@ -27,6 +28,7 @@ __all__ = [
     "flat_metrics",
     "is_server",
     "locked",
+    "log_study",
     "mlflow_errors",
     "open_run",
     "read_curves",

@@ -68,7 +68,7 @@ def open_run(
     client = connect(uri)
     claim: IO[str] | None
     with mlflow_errors(uri):
-        experiment = _experiment(client, uri)
+        experiment = experiment_of(client, uri)
         key = _key_of(run_file)
         claim = _claim(places, key) if key else None
         _settle(client, experiment, places)
@@ -119,7 +119,7 @@ def settle(places: Places) -> list[str]:
     """
     client = connect(places.tracking_uri)
     with mlflow_errors(places.tracking_uri):
-        return _settle(client, _experiment(client, places.tracking_uri), places)
+        return _settle(client, experiment_of(client, places.tracking_uri), places)
 
 
 def _settle(client: MlflowClient, experiment: str, places: Places) -> list[str]:
@@ -164,12 +164,12 @@ def find_run(places: Places, run_file: Path) -> tuple[str, str] | None:
     """
     client = connect(places.tracking_uri)
     with mlflow_errors(places.tracking_uri):
-        experiment = _experiment(client, places.tracking_uri)
+        experiment = experiment_of(client, places.tracking_uri)
         run = _find(client, experiment, _key_of(run_file))
     return (experiment, run.info.run_id) if run else None
 
 
-def _experiment(client: MlflowClient, tracking_uri: str) -> str:
+def experiment_of(client: MlflowClient, tracking_uri: str) -> str:
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(EXPERIMENT)

@@ -1,0 +1,139 @@
+"""Runs the cells that are missing, each in a clone by a process of its own, some side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from pipeline.flows import experiment
+from pipeline.flows.overrides import Overrides
+from pipeline.git import git
+from pipeline.params import Places
+from pipeline.studies.declaration import STAGES, Cell
+from pipeline.system.exits import CANCELLED
+from pipeline.system.process import end_with_parent
+from vdvae.config import UserError
+
+# What cells depend on besides their settings must be committed: a cell works in a clone.
+_SOURCES = ("vdvae", "pipeline", "dvc.yaml", "params.yaml")
+_LAST_LINES = 5
+
+
+def missing(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that have no experiment yet, each once: equal settings are one cell."""
+    wanted = {cell.experiment: cell for cell in cells}
+    return [cell for name, cell in wanted.items() if experiment.find_any(name) is None]
+
+
+def run_cells(
+    cells: Sequence[Cell], jobs: int, note: str, samples: bool, tell: Callable[[str], None]
+) -> None:
+    """Runs what is missing of the cells, `jobs` at once; the same again goes on after any kill.
+
+    Args:
+        cells: of a study.
+        jobs: cells at once on this machine.
+        note: of their experiments.
+        samples: draw pictures, too.
+        tell: gets a sentence for each cell that begins or ends.
+
+    Raises:
+        UserError: uncommitted changes, or cells that failed; the others are done.
+        SystemExit: 143 after a signal; what trains has written a checkpoint.
+    """
+    todo = missing(cells)
+    if not todo:
+        return
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *_SOURCES)
+    if changed:
+        raise UserError(
+            f"{changed.split(maxsplit=1)[1].splitlines()[0]}: differs from the commit, which is "
+            f"what cells are made from; commit it, then run the same command again"
+        )
+    failed = asyncio.run(_run_all(todo, jobs, note, samples, tell))
+    if failed:
+        raise UserError(f"{len(failed)} of {len(todo)} cells failed: {'; '.join(failed)}")
+
+
+async def _run_all(
+    todo: Sequence[Cell], jobs: int, note: str, samples: bool, tell: Callable[[str], None]
+) -> list[str]:
+    slots, began = asyncio.Semaphore(jobs), time.monotonic()
+    failed: list[str] = []
+    running: set[asyncio.subprocess.Process] = set()
+    done = 0
+
+    def stop() -> None:
+        for child in running:  # what trains writes a checkpoint
+            child.terminate()
+        loop.remove_signal_handler(signal.SIGTERM)
+        loop.remove_signal_handler(signal.SIGINT)
+        task.cancel()
+
+    async def run(number: int, cell: Cell) -> None:
+        nonlocal done
+        async with slots:
+            name = f"{cell.variant}, seed {cell.seed} ({number} of {len(todo)})"
+            log = Places.from_env().runs / "studies" / f"{cell.experiment}.log"
+            tell(f"{name}: begins; its output: {log}")
+            code = await _run(cell, note, samples, log, running)
+            done += 1
+            if code:
+                last = " / ".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
+                failed.append(f"{name}, exit code {code}: {last[-500:]}")
+            left = (time.monotonic() - began) / done * (len(todo) - done)
+            tell(f"{name}: {'failed' if code else 'done'}; about {left / 60:.0f} min to go")
+
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(asyncio.gather(*(run(n, c) for n, c in enumerate(todo, 1))))
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    loop.add_signal_handler(signal.SIGINT, stop)
+    try:
+        await task
+    except asyncio.CancelledError:
+        for child in running:
+            await child.wait()
+        raise SystemExit(CANCELLED) from None
+    return failed
+
+
+async def _run(
+    cell: Cell, note: str, samples: bool, log: Path, running: set[asyncio.subprocess.Process]
+) -> int:
+    """One cell; returns the exit code."""
+    words = json.dumps([cell.recipe.name, cell.experiment, cell.settings, note, samples])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as file:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            __name__,
+            words,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,  # Ctrl-C is ours to pass on, once
+            preexec_fn=partial(end_with_parent, os.getpid()),
+        )
+    running.add(child)
+    code = await child.wait()
+    running.discard(child)
+    return code
+
+
+if __name__ == "__main__":
+    from pipeline.flows.run_recipe import main
+    from pipeline.system.exits import as_a_command
+
+    with as_a_command():
+        recipe, name, settings, note, samples = json.loads(sys.argv[1])
+        chosen = Overrides(
+            evaluate="evaluate" in STAGES, sample=samples, register=False, note=note[:500]
+        )
+        main(recipe, chosen, name, settings)

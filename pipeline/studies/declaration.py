@@ -1,0 +1,166 @@
+"""`studies` of params.yaml, typed and checked, and the cells that follow."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+
+from pipeline.dvc import code_of
+from pipeline.params import PARAMS, Recipe, load_recipe, read_params
+from vdvae.config import UserError, shown
+from vdvae.files import sha256_of
+
+STAGES = ("shard", "train", "evaluate")  # of a cell; `sample` where pictures belong to the study
+_MOST_CELLS = 1000
+
+Value = bool | int | float | str
+# `section.key` of a recipe: value; a variant's `recipe` takes the place of the study's.
+Settings = dict[str, Value]
+Text = Annotated[str, Field(max_length=2000)]
+Seeds = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=2**31 - 1)], ...],
+    Strict(False),
+    Field(min_length=1, max_length=100),
+]
+
+
+class _Declared(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Mini(_Declared):
+    """What the short version of a study changes of it."""
+
+    recipe: str = ""  # "": the same
+    seeds: Seeds = (0,)
+    set: Settings = {}
+
+
+class Study(_Declared):
+    """One study: which variants of a recipe are trained, and what is claimed of them."""
+
+    claim: Text
+    paper: Text  # where the paper says it, and its figures
+    recipe: str
+    seeds: Seeds
+    set: Settings = {}  # what every cell has other than the recipe
+    vary: dict[str, list[Value]] = {}  # a grid of settings, or
+    variants: dict[str, Settings] = {}  # a list of named settings
+    # Primary comparisons: by the claim the first variant is better than the second.
+    compare: list[Annotated[tuple[str, str], Strict(False)]] = []
+    shows: Literal["bits", "rates", "gradients"] = "bits"  # the figure: by variant, layer or step
+    level: Annotated[float, Field(ge=0.5, le=0.9999)] = 0.95  # of the intervals
+    mini: Mini = Mini()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training of a study."""
+
+    variant: str
+    seed: int
+    recipe: Recipe  # with its settings
+    settings: Settings
+
+    @property
+    def key(self) -> str:
+        """A digest of what determines the cell's figures: settings and code; 12 hex digits.
+
+        The code is what dvc.yaml lists, as in `stages.train.run_digest`. Data follow from them.
+        """
+        facts = {
+            "recipe": self.recipe.name,
+            **{name: getattr(self.recipe, name).to_dict() for name in ("data", "model", "train")},
+            "evaluate": self.recipe.evaluate.to_dict(),
+            "code": {path: _digest(Path(path)) for stage in STAGES for path in code_of(stage)},
+        }
+        text = json.dumps(facts, sort_keys=True).encode()
+        return hashlib.sha256(text).hexdigest()[:12]
+
+    @property
+    def experiment(self) -> str:
+        """The name of its DVC experiment, the same in whatever study it is."""
+        return f"{self.recipe.name}-seed{self.seed}-{self.key}"
+
+
+def load_study(name: str, path: Path = PARAMS) -> Study:
+    """One study of params.yaml.
+
+    Raises:
+        UserError: naming the file, the key, the value and what would do.
+    """
+    studies = read_params(path).get("studies") or {}
+    if name not in studies:
+        raise UserError(f"{path}: no study {shown(name)}; there are {', '.join(studies) or 'none'}")
+    where = f"{path}: studies.{name}"
+    try:
+        study = Study.model_validate(studies[name])
+    except ValidationError as errors:
+        first = errors.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where}.{key}: {shown(first['input'])}: {first['msg']}") from None
+    if bool(study.vary) == bool(study.variants):
+        raise UserError(f"{where}: needs either `vary` or `variants`, and has both or neither")
+    names = variants_of(study)
+    unknown = [name for pair in study.compare for name in pair if name not in names]
+    if unknown:
+        raise UserError(
+            f"{where}.compare: there is no variant {unknown[0]!r}; there are {', '.join(names)}"
+        )
+    cells_of(study, path=path)
+    cells_of(study, mini=True, path=path)
+    return study
+
+
+def variants_of(study: Study) -> dict[str, Settings]:
+    """What each variant sets, by its name: for a grid `group_size=1` or `width=16,mixtures=5`."""
+    if study.variants:
+        return study.variants
+    rows = itertools.product(*study.vary.values())
+    settings = [dict(zip(study.vary, row, strict=True)) for row in rows]
+    named = {
+        ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in each.items()): each
+        for each in settings
+    }
+    if len(named) < len(settings):
+        raise UserError("studies: a grid (`vary`) has the same variant twice; leave one out")
+    return named
+
+
+def cells_of(study: Study, mini: bool = False, path: Path = PARAMS) -> list[Cell]:
+    """Every cell of a study, seed by seed, so that the first results compare all variants.
+
+    Raises:
+        UserError: a setting that does not do; nothing has been run.
+    """
+    seeds: Sequence[int] = study.mini.seeds if mini else study.seeds
+    variants = variants_of(study)
+    if len(seeds) * len(variants) > _MOST_CELLS:
+        raise UserError(f"{path}: a study has {len(seeds) * len(variants)} cells; at most "
+                        f"{_MOST_CELLS} are run")  # fmt: skip
+    shared = {**study.set, **(study.mini.set if mini else {})}
+    name = (study.mini.recipe if mini else "") or study.recipe
+    return [
+        _cell(name, variant, seed, {**shared, **settings, "train.seed": seed}, path)
+        for seed in seeds
+        for variant, settings in variants.items()
+    ]
+
+
+def _cell(recipe: str, variant: str, seed: int, settings: Settings, path: Path) -> Cell:
+    own = {key: value for key, value in settings.items() if key != "recipe"}
+    changed = load_recipe(str(settings.get("recipe", recipe)), path, own)
+    return Cell(variant=variant, seed=seed, recipe=changed, settings=own)
+
+
+def _digest(path: Path) -> str:
+    if path.is_dir():
+        return ",".join(sha256_of(file) for file in sorted(path.rglob("*.py")))
+    return sha256_of(path)

@@ -1,0 +1,280 @@
+"""The results of a study: read from its cells, compared, judged, and written as files."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline import tracking
+from pipeline.dvc import cache_folder
+from pipeline.flows import experiment
+from pipeline.params import Places
+from pipeline.registry.versions import read_per_image
+from pipeline.report.charts import Chart, Line
+from pipeline.shards import Manifest
+from pipeline.studies.cells import run_cells
+from pipeline.studies.declaration import Cell, Study, cells_of, load_study, variants_of
+from pipeline.studies.statistics import difference, overall
+from pipeline.system.machine import processor
+from vdvae.config import UserError
+from vdvae.files import atomic_write, atomic_write_json, parse_json, read_json
+
+SPLITS = ("validation", "test")
+_LARGE = ("scores", "rates", "curves", "conditions")  # of a cell, not in the table
+
+Rows = dict[str, list[dict[str, Any]]]  # by variant, in the order of the seeds
+
+
+def run_study(name: str, mini: bool, jobs: int, tell: Callable[[str], None]) -> Path:
+    """Runs the cells that are missing, then writes table.json, table.md, figure and conditions.
+
+    Args:
+        name: in `studies` of params.yaml.
+        mini: its short version, with a folder of its own.
+        jobs: cells at once.
+        tell: gets a sentence for each cell that begins or ends.
+
+    Returns:
+        The folder of the results.
+
+    Raises:
+        UserError: a declaration that does not do, uncommitted changes, or cells that failed.
+    """
+    study = load_study(name)
+    cells = cells_of(study, mini)
+    run_cells(cells, jobs, f"study {name}", False, tell)
+    rows = [read_cell(cell, cache_folder(), Places.from_env()) for cell in cells]
+    folder = folder_of(name, mini)
+    write_study(study, name, mini, rows, folder)
+    tracking.log_study(
+        Places.from_env(),
+        f"{name}{'-mini' * mini}",
+        {row["mlflow_run_id"]: f"{row['variant']}, seed {row['seed']}" for row in rows},
+        sorted(folder.iterdir()),
+    )
+    return folder
+
+
+def folder_of(name: str, mini: bool) -> Path:
+    """results/studies/NAME, or NAME-mini."""
+    return Places.from_env().results_root / "studies" / f"{name}{'-mini' * mini}"
+
+
+def read_cell(cell: Cell, cache: Path, places: Places) -> dict[str, Any]:
+    """What a cell's experiment says of it; `scores`, `rates` and `curves` are for the comparison.
+
+    Raises:
+        UserError: it has no experiment, or the cache lacks one of its files.
+    """
+    revision = experiment.find_any(cell.experiment)
+    if revision is None:
+        raise UserError(
+            f"experiment {cell.experiment}: is not there; run the same command again, and commit "
+            f"nothing meanwhile"
+        )
+    folder = f"results/{cell.recipe.name}"
+
+    def of_git(file: str) -> Any:
+        text = experiment.read(revision, f"{folder}/{file}")
+        return parse_json(text, f"{file} of {cell.experiment}", "remove the experiment")
+
+    conditions, metrics = of_git("conditions.json"), of_git("metrics.json")
+    files = {
+        file: experiment.cached(revision, f"{folder}/{file}", cache)
+        for file in ("per_image.csv", "rates.json", "curves.csv", "run.json")
+    }
+    curves = tracking.read_curves(files["curves.csv"])
+    listed = str(places.manifest(cell.recipe.name))
+    manifest = Manifest.load(experiment.cached(revision, listed, cache))
+    run = tracking.find_run(places, files["run.json"])
+    return {
+        "recipe": cell.recipe.name,
+        "variant": cell.variant,
+        "seed": cell.seed,
+        "experiment": cell.experiment,
+        "mlflow_run_id": run[1] if run else None,
+        "steps": int(curves[-1]["step"]),
+        "skipped": int(curves[-1].get("train/skipped", 0)),
+        "minutes": round((curves[-1]["time"] - curves[0]["time"]) / 60, 1),
+        "conditions": {**conditions, "data": _data(manifest)},
+        **{split: metrics[split] for split in SPLITS},
+        "scores": read_per_image(files["per_image.csv"], "test"),
+        "rates": read_json(files["rates.json"], "evaluate again")["test"],
+        "curves": curves,
+    }
+
+
+def write_study(
+    study: Study, name: str, mini: bool, rows: Sequence[dict[str, Any]], folder: Path
+) -> None:
+    """Compares, judges, and writes the study's files; table.json comes last.
+
+    Raises:
+        UserError: the cells were not measured on the same data in the same way.
+    """
+    conditions = _shared([row["conditions"] for row in rows])
+    of_variant = {
+        variant: [row for row in rows if row["variant"] == variant]
+        for variant in variants_of(study)
+    }
+    comparisons = []
+    for pair in study.compare:
+        better, worse = ([row["scores"] for row in of_variant[variant]] for variant in pair)
+        found = difference(better, worse, study.level)
+        facts = {"better": pair[0], "worse": pair[1], **asdict(found), "verdict": found.verdict}
+        comparisons.append(facts)
+    table = {
+        "study": name,
+        "mini": mini,
+        "claim": study.claim,
+        "paper": study.paper,
+        "recipe": rows[0]["recipe"],
+        "verdict": overall([found["verdict"] for found in comparisons]) if comparisons else None,
+        "level": study.level,
+        "comparisons": comparisons,
+        "variants": {variant: _spread(of_variant[variant]) for variant in of_variant},
+        "cells": [{key: row[key] for key in row if key not in _LARGE} for row in rows],
+    }
+    chart = _CHARTS[study.shows](name, of_variant)
+    atomic_write(folder / "table.md", markdown(table))
+    atomic_write(folder / "figure.svg", chart.standalone())
+    atomic_write(folder / "figure.png", chart.png())
+    atomic_write_json(folder / "conditions.json", conditions)
+    atomic_write_json(folder / "table.json", table)
+
+
+def _shared(conditions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What holds of every cell's figures, with the commits that they were measured at.
+
+    Raises:
+        UserError: they differ in something else, so that nothing can be compared.
+    """
+    own = ("git_revision", "git_dirty", "weights_sha256", "device", "manifest_digest")
+    common = [{key: each[key] for key in each if key not in own} for each in conditions]
+    for key in common[0]:
+        values = sorted({str(each.get(key)) for each in common})
+        if len(values) > 1:
+            raise UserError(
+                f"the cells' {key} differ ({', '.join(values)}): compare like with like"
+            )
+    return {
+        **common[0],
+        "split": "test",
+        "manifest_digests": sorted({each["manifest_digest"] for each in conditions}),
+        "git_revisions": sorted({str(each.get("git_revision")) for each in conditions}),
+        "devices": sorted({each["device"] for each in conditions}),
+        "written_on": processor(),
+    }
+
+
+def _data(manifest: Manifest) -> str:
+    """A digest of images, splits and levels: recipes with the same of it are compared."""
+    counts = {name: split.images for name, split in manifest.splits.items()}
+    facts = [manifest.source.fingerprint, manifest.shape, manifest.num_levels, counts]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _spread(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean over seeds and sample standard deviation (None for one seed), in bits/dim."""
+    figures: dict[str, Any] = {"seeds": len(rows)}
+    for split in SPLITS:
+        bits = [row[split]["bits_per_dim"] for row in rows]
+        spread = statistics.stdev(bits) if len(bits) > 1 else None
+        figures[split] = {"mean": statistics.mean(bits), "stdev": spread}
+    return figures
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table for people: every variant, every comparison, the verdict."""
+    short = " (the short version)" if table["mini"] else ""
+    lines = [
+        f"# {table['study']}{short}", "", f"Claim: {table['claim']}", "",
+        f"The paper: {table['paper']}", "",
+        f"Recipe {table['recipe']}. Bits/dim on test, mean ± standard deviation over seeds:", "",
+        "| variant | seeds | validation | test | skipped updates | minutes a cell |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for variant, figures in table["variants"].items():
+        cells = [cell for cell in table["cells"] if cell["variant"] == variant]
+        skipped = ", ".join(str(cell["skipped"]) for cell in cells)
+        minutes = statistics.mean(cell["minutes"] for cell in cells)
+        shown = [_plus_minus(figures[split]["mean"], figures[split]["stdev"]) for split in SPLITS]
+        row = [variant, figures["seeds"], *shown, skipped, f"{minutes:.1f}"]
+        lines.append(f"| {' | '.join(map(str, row))} |")
+    if table["comparisons"]:
+        percent = f"{100 * table['level']:g}%"
+        lines += [
+            "",
+            f"Differences on test, paired by image and seed; {percent} intervals over both:",
+            "",
+            "| claimed better | than | bits/dim less | interval | verdict |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {c['better']} | {c['worse']} | {c['mean']:+.4f} | {c['low']:+.4f} to "
+            f"{c['high']:+.4f} | {c['verdict']} |"
+            for c in table["comparisons"]
+        ]
+        lines += ["", f"**{table['verdict'].capitalize()}** at {percent}, on these data."]
+    return "\n".join(lines) + "\n"
+
+
+def _plus_minus(mean: float, spread: float | None) -> str:
+    return f"{mean:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")
+
+
+def _bits_chart(name: str, of_variant: Rows) -> Chart:
+    """Each seed's bits/dim by variant; the bars are standard errors over images."""
+    seeds = [row["seed"] for row in next(iter(of_variant.values()))]
+    lines = []
+    for place, seed in enumerate(seeds):
+        figures = [rows[place]["test"] for rows in of_variant.values()]
+        lines.append(
+            Line(
+                name=f"seed {seed}",
+                points=[(x, figure["bits_per_dim"]) for x, figure in enumerate(figures)],
+                errors=[figure["bits_per_dim_se"] for figure in figures],
+            )
+        )
+    return Chart(
+        title=name, y_label="bits/dim on test", x_label="", lines=lines, x_ticks=[*of_variant],
+        legend=True,
+    )  # fmt: skip
+
+
+def _rates_chart(name: str, of_variant: Rows) -> Chart:
+    """The cumulative rate by layer, mean over seeds."""
+    lines = []
+    for variant, rows in of_variant.items():
+        layers = [row["rates"]["rate_bits_per_dim_by_layer"] for row in rows]
+        means = [
+            statistics.mean(layer["rate_bits_per_dim"] for layer in of_seeds)
+            for of_seeds in zip(*layers, strict=True)
+        ]
+        lines.append(Line(name=variant, points=[*enumerate([0.0, *itertools.accumulate(means)])]))
+    return Chart(
+        title=name, y_label="cumulative rate, bits/dim on test",
+        x_label="stochastic layers from the top", lines=lines, legend=True,
+    )  # fmt: skip
+
+
+def _gradients_chart(name: str, of_variant: Rows) -> Chart:
+    """The greatest gradient norm of each interval, of the first seed."""
+    lines = [
+        Line(
+            name=variant,
+            points=[(p["step"], p["train/gradient_norm"]) for p in rows[0]["curves"]],
+            thin=max,
+        )
+        for variant, rows in of_variant.items()
+    ]
+    return Chart(title=name, y_label="gradient norm, log scale", log=True, lines=lines, legend=True)
+
+
+_CHARTS = {"bits": _bits_chart, "rates": _rates_chart, "gradients": _gradients_chart}
