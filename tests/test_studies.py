@@ -174,7 +174,14 @@ def test_a_study_runs_compares_and_judges_once(tmp_path: Path) -> None:
     listed = project.run(*VDVAE, *words, "--dry-run")
     assert "2 cells of wide, 2 to run" in listed
 
+    # As the form starts it: in a clone, from where the cells' experiments come back.
+    project.run("git", "clone", "-q", str(project.folder), str(tmp_path / "clone"))
+    flow = "from pipeline.studies.flow import study; study('wide', mini=True, jobs=2)"
+    logged = project.run(sys.executable, "-c", f"import os; os.chdir('../clone'); {flow}")
+    assert "to have it in the origin: 'vdvae study wide --mini'" in logged
+
     printed = project.run(*VDVAE, *words)
+    assert "begins" not in printed
     folder = project.folder / "results/studies/wide-mini"
     table = json.loads((folder / "table.json").read_text())
     assert [(cell["variant"], cell["steps"]) for cell in table["cells"]] == [

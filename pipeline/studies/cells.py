@@ -118,6 +118,8 @@ async def _run(
             words,
             stdout=file,
             stderr=file,
+            # A cell is a flow run of its own, not that of the study's form.
+            env={k: v for k, v in os.environ.items() if not k.startswith("PREFECT__")},
             start_new_session=True,  # Ctrl-C is ours to pass on, once
             preexec_fn=partial(end_with_parent, os.getpid()),
         )
