@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
+from pipeline.params import load_recipe
 from vdvae.config import (
     DecoderBlock,
     EncoderBlock,
@@ -86,6 +90,15 @@ def test_missing_key_and_crossed_thresholds_are_named() -> None:
 def test_config_survives_the_way_through_json() -> None:
     config = ModelConfig.from_dict(SMALL)
     assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_the_file_of_a_config_stays_the_one_that_registered_models_are_found_by() -> None:
+    """The hash of digits' config.json, a tag of every version of it since the first."""
+    config = load_recipe("digits", ROOT / "params.yaml").model
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    assert hashlib.sha256(text.encode()).hexdigest() == (
+        "a877355819cccad5d2ae728ca79b47c197ff88d852c992940c2e5feb769c3b42"
+    )
 
 
 @pytest.mark.parametrize("num_levels", [2, 17, 32, 256])

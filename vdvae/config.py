@@ -472,6 +472,12 @@ class ModelConfig(ImageModelConfig):
                 f"raise width or bottleneck"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As `Config.to_dict`, in the order that config.json has had from the first: a model that
+        was registered is found by that file's hash."""
+        values = super().to_dict()
+        return {key: values[key] for key in _FIRST} | values
+
     def width_at(self, resolution: int) -> int:
         """Channels of the features at a resolution."""
         return parse_widths(self.widths).get(resolution, self.width)
@@ -484,6 +490,11 @@ class ModelConfig(ImageModelConfig):
             for block in parse_decoder(self.decoder)
         )
 
+
+_FIRST = (
+    "image_size", "image_channels", "num_levels", "encoder", "decoder", "width", "widths",
+    "latent_channels", "bottleneck", "mixtures", "no_bias_above", "shift", "scale", "likelihood",
+)  # fmt: skip
 
 AnyModelConfig = ModelConfig | PixelCNNConfig
 
