@@ -23,6 +23,7 @@ from vdvae.files import sha256_of
 
 PARAMS = """
 active: [tiny]
+active_studies: []
 recipes:
   tiny:
     data: {source: folder, path: images, image_size: 8, channels: 1, num_levels: 17}

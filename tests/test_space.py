@@ -30,6 +30,7 @@ MANIFEST = Path("data/manifests/tiny.json")
 DAY = 86400
 PARAMS = """
 active: [tiny]
+active_studies: []
 recipes:
   tiny:
     data: {source: digits, image_size: 8, channels: 1, num_levels: 17, validation: 180, test: 360,
