@@ -87,7 +87,10 @@ def test_a_folder_of_images_becomes_a_model_with_figures(tmp_path: Path) -> None
     assert "40 images, 3 channels" in printed
     assert "dvc repro register@mine" in printed
     after = (project.folder / "params.yaml").read_text()
-    assert after.startswith(before.replace("active: [digits]", "active: [digits, mine]").rstrip())
+    recipes, studies = before.replace("active: [digits]", "active: [digits, mine]").split(
+        "\n# What of the paper is claimed"
+    )
+    assert after.startswith(recipes.rstrip()) and after.endswith(studies)
     assert "mine: is there already" in project.run(*CLI, *words, code=2)
 
     def five_steps(params: dict[str, Any]) -> None:

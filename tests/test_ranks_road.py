@@ -171,13 +171,13 @@ def test_what_ranks_say_is_passed_on_as_it_comes_and_outlives_a_kill(
     (tmp_path / "speaks.py").write_text(_SPEAKS)
     for name, value in (("PYTHONPATH", tmp_path), ("HERE", tmp_path), ("VDVAE_RUNS", tmp_path)):
         monkeypatch.setenv(name, str(value))
-    say = _Log._say
+    say = _Log._print
 
     def heard(log: _Log, text: str) -> None:
         say(log, text)
         (tmp_path / "heard").touch()  # rank 1 waits for it
 
-    monkeypatch.setattr(_Log, "_say", heard)
+    monkeypatch.setattr(_Log, "_print", heard)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert launch("speaks", "digits", 2) == 128 + signal.SIGKILL
     output, errors = capfd.readouterr()

@@ -23,7 +23,11 @@ from pipeline.services.commands import stop
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
-RECIPES = {"digits", "cifar10", "imagenet32", "imagenet64", "ffhq256", "ffhq1024", "folder"}
+DEPLOYED = {
+    *yaml.safe_load((ROOT / "params.yaml").read_text())["recipes"],
+    "evaluate-champion-digits",
+    "study",
+}
 
 
 def test_stop_waits_for_a_supervisor_that_has_just_begun(
@@ -65,7 +69,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
 def test_every_recipe_is_deployed_and_a_second_start_changes_nothing(services: Services) -> None:
     status, deployments = services.api("/deployments/filter", {})
     assert status == 200
-    assert {each["name"] for each in deployments} == RECIPES | {"evaluate-champion-digits"}
+    assert {each["name"] for each in deployments} == DEPLOYED
     before = sorted(services.marked())
     output = services.services("start")
     assert f"127.0.0.1:{services.prefect_port}" in output
@@ -176,4 +180,4 @@ def test_a_killed_supervisor_is_replaced_and_nothing_is_lost(services: Services)
     os.kill(supervisor, signal.SIGKILL)
     services.services("start")
     assert supervisor not in services.marked()
-    assert len(services.api("/deployments/filter", {})[1]) == len(RECIPES) + 1
+    assert len(services.api("/deployments/filter", {})[1]) == len(DEPLOYED)
