@@ -490,7 +490,7 @@ def _distance(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-def _flat(model: VDVAE) -> Tensor:
+def _flat(model: torch.nn.Module) -> Tensor:
     return torch.cat([weight.detach().flatten().cpu() for weight in model.parameters()])
 
 

@@ -32,6 +32,7 @@ from pipeline.params import Recipe, load_recipe
 from pipeline.shards import BlockCache, Manifest, ShardReader
 from pipeline.storage import FileStore
 from pipeline.system.process import keep_freed_memory
+from vdvae.config import ModelConfig
 from vdvae.precision import exact_float32
 from vdvae.summary import summarise
 
@@ -54,6 +55,8 @@ class WithReading(Measure):
             compile=words.compile,
             checkpoint_activations_from=from_resolution,
         )
+        if not isinstance(recipe.model, ModelConfig):
+            raise SystemExit(f"{recipe.name} is no VDVAE, which is what is timed here")
         super().__init__(recipe.model, train, torch.device(words.device), words.steps)
         self.manifest: Manifest | None = None  # of the images of `load`
 

@@ -29,7 +29,8 @@ sys.argv = ["gpu.py", *{words}]
 runpy.run_path("benchmarks/gpu.py", run_name="__main__")
 """
 HIDDEN = {"yaml", "PIL", "mlflow", "dvc", "prefect", "boto3", "webdataset", "sklearn", "scipy",
-          "pandas", "ruamel", "distributed", "conftest", "_pytest", "pytest"}  # fmt: skip
+          "pandas", "psutil", "pydantic", "ruamel", "distributed", "conftest", "_pytest",
+          "pytest"}  # fmt: skip
 
 
 @pytest.fixture

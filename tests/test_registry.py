@@ -263,11 +263,17 @@ def test_moves_that_earlier_versions_recorded_in_two_phases_are_read(project):
     record(2, "1", "2", "better", "abandoned")
     record(3, "1", "2", "better", "done")
     record(4, "2", "1", "rollback", "intended")  # killed after it was made
-    assert project.journey() == [
-        (None, "1", "first"),
-        ("1", "2", "better"),
-        ("2", "1", "rollback"),
-    ]
+    journey = [(None, "1", "first"), ("1", "2", "better"), ("2", "1", "rollback")]
+    assert project.journey() == journey
+    # Killed before it was made; then somebody chose another version in MLflow's page.
+    record(5, "1", "7", "better", "intended")
+    project.finish_training(weights=1, bits=2.1)
+    project.register()
+    project.client.set_registered_model_alias(NAME, "champion", "2")
+    assert project.journey() == [*journey, ("1", "2", "found moved")]
+    # What was confirmed stays, although it was moved back by hand.
+    record(6, "2", "1", "chosen by hand", "done")
+    assert project.journey()[4:] == [("2", "1", "chosen by hand"), ("1", "2", "found moved")]
 
 
 def test_another_machine_that_moves_the_alias_meanwhile_is_noticed(project, monkeypatch):

@@ -28,7 +28,7 @@ STUDY: dict[str, Any] = {
     "set": {"train.steps": 4, "train.log_every": 2, "train.validate_every": 4},
     "vary": {"model.width": [8, 16]},
     "compare": [["width=16", "width=8"]],
-    "mini": {"seeds": [0], "set": {"train.steps": 2}},
+    "mini": {"seeds": [0]},
 }
 
 
@@ -105,7 +105,8 @@ def test_a_grid_and_a_list_make_cells_seed_by_seed(params: Any) -> None:
         16, 3, 1, 4,
     )  # fmt: skip
     named = {"thin": {"model.width": 8}, "wide": {"model.width": 16}}
-    path = params(vary=None, variants=named, compare=[["wide", "thin"]])
+    mini = {"seeds": [0], "set": {"train.steps": 2}}
+    path = params(vary=None, variants=named, compare=[["wide", "thin"]], mini=mini)
     study = load_study("wide", path)
     assert [cell.recipe.model.width for cell in cells_of(study, path=path)] == [8, 16, 8, 16]
     [short, _] = cells_of(study, mini=True, path=path)
@@ -133,6 +134,15 @@ def test_a_cell_is_found_by_what_determines_its_figures(params: Any) -> None:
         ({"claim": None}, r"studies\.wide\.claim: .*Field required"),
         ({"seeds": []}, r"studies\.wide\.seeds: "),
         ({"seeds": ["x"]}, r"studies\.wide\.seeds\.0: 'x': "),
+        ({"seeds": [0, 0]}, r"studies\.wide\.seeds: .*has a seed twice"),
+        ({"mini": {"seeds": [1, 1]}}, r"studies\.wide\.mini\.seeds: .*has a seed twice"),
+        ({"vary": {"model.width": []}, "compare": []}, r"studies\.wide\.vary\.model\.width: "),
+        ({"set": {"train.seed": 3}}, r"train\.seed is set by the study's seeds"),
+        (
+            {"vary": {"evaluate.seed": [0, 1]}, "compare": []},
+            "seed=1 has other settings of evaluate",
+        ),
+        ({"vary": {"data.split_seed": [0, 1]}, "compare": []}, "=1 has other settings of data"),
         ({"extra": 1}, r"studies\.wide\.extra: 1: Extra inputs"),
         ({"variants": {"a": {}}}, "needs either `vary` or `variants`"),
         ({"vary": None}, "needs either `vary` or `variants`"),
@@ -185,8 +195,8 @@ def test_a_study_runs_compares_and_judges_once(tmp_path: Path) -> None:
     folder = project.folder / "results/studies/wide-mini"
     table = json.loads((folder / "table.json").read_text())
     assert [(cell["variant"], cell["steps"]) for cell in table["cells"]] == [
-        ("width=8", 2),
-        ("width=16", 2),
+        ("width=8", 4),
+        ("width=16", 4),
     ]
     [found] = table["comparisons"]
     bits = {cell["variant"]: cell["test"]["bits_per_dim"] for cell in table["cells"]}
@@ -214,3 +224,12 @@ def test_a_study_runs_compares_and_judges_once(tmp_path: Path) -> None:
         "width=16, seed 0",
         "width=8, seed 0",
     ]
+
+    # DVC's stage trains what the whole study has beside that: the cells of the other seed.
+    repro = ("-m", "dvc", "repro", "study@wide")
+    made = project.run(sys.executable, *repro, cold=True)
+    assert made.count(": begins") == 2 and "width=8, seed 1 (1 of 2): done" in made
+    whole = json.loads((project.folder / "results/studies/wide/table.json").read_text())
+    assert [cell["seed"] for cell in whole["cells"]] == [0, 0, 1, 1]
+    assert whole["cells"][:2] == table["cells"]
+    assert "up to date" in project.run(sys.executable, *repro)

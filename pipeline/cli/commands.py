@@ -170,6 +170,8 @@ def _plan(
 
     if bool(recipe) == bool(study):
         raise UserError("plan: name a recipe, or a study with --study NAME")
+    if mini and not study:
+        raise UserError("plan: --mini is of a study; name one with --study NAME")
     probe = not no_probe
     lines = plan_study(study, mini, probe) if study else plan(recipe, probe)
     if as_json:

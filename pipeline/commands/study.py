@@ -10,6 +10,7 @@ from pipeline.params import read_params
 from pipeline.studies.cells import missing
 from pipeline.studies.declaration import cells_of, load_study
 from pipeline.studies.results import run_study
+from pipeline.system.launch import ranks_here
 
 
 def study(name: str, mini: bool, jobs: int, dry_run: bool) -> None:
@@ -53,6 +54,8 @@ def plan_study(name: str, mini: bool, probe: bool) -> Iterator[tuple[str, str]]:
     Raises:
         UserError: a declaration that does not do.
     """
+    import torch
+
     from vdvae.summary import summarise
     from vdvae.training import device_of
 
@@ -67,10 +70,15 @@ def plan_study(name: str, mini: bool, probe: bool) -> Iterator[tuple[str, str]]:
         size += 4 * found.parameters * count
         text = f"{count} to train, {found.parameters:,} parameters, {recipe.train.steps:,} steps"
         if probe and count:
-            seconds = probe_seconds(recipe, device_of(recipe.train), recipe.train.batch_size)
-            each = seconds * recipe.train.steps / 3600
-            hours += each * count
-            text += f", {each:.2f} h each at {seconds:.3f} s a step"
+            share = recipe.train.batch_size // ranks_here(recipe)
+            try:
+                seconds = probe_seconds(recipe, device_of(recipe.train), share)
+            except torch.OutOfMemoryError:
+                text += ", a step of which does not fit into the memory"
+            else:
+                each = seconds * recipe.train.steps / 3600
+                hours += each * count
+                text += f", {each:.2f} h each at {seconds:.3f} s a step"
         yield variant, text
     if probe:
         yield (

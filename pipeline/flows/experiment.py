@@ -7,8 +7,10 @@ which `dvc exp show` lists there and `dvc exp apply` takes over.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -21,6 +23,7 @@ from pipeline.settings import Settings, variable
 from pipeline.system.commands import CommandFailed
 from pipeline.yaml_files import parse_yaml
 from vdvae.config import UserError
+from vdvae.files import atomic_write
 
 _RAW = Path("data/raw")
 _PUSH_ATTEMPTS = 3
@@ -150,6 +153,30 @@ def find_any(name: str) -> str | None:
     return found.split()[0] if found else None
 
 
+def fetch_from_origin(names: Set[str]) -> None:
+    """Brings the experiments of these names from the origin, whatever they are based on.
+
+    Raises:
+        CommandFailed: git cannot.
+    """
+    listed = git("ls-remote", "origin", "refs/exps/*/*/*").split()[1::2]
+    wanted = [ref for ref in listed if ref.rpartition("/")[2] in names]
+    if wanted:
+        git("fetch", "--quiet", "origin", *(f"{ref}:{ref}" for ref in wanted))
+
+
+def push_to_origin(names: Set[str]) -> None:
+    """Brings the experiments of these names that are here to the origin.
+
+    Raises:
+        CommandFailed: git cannot.
+    """
+    listed = git("for-each-ref", "--format=%(refname)", "refs/exps/*/*/*").split()
+    wanted = [ref for ref in listed if ref.rpartition("/")[2] in names]
+    if wanted:
+        git("push", "--quiet", "origin", *(f"{ref}:{ref}" for ref in wanted))
+
+
 def read(revision: str, path: str) -> str:
     """A file that git keeps, as it is in an experiment.
 
@@ -168,21 +195,29 @@ def read(revision: str, path: str) -> str:
 def cached(revision: str, path: str, cache: Path) -> Path:
     """A file that DVC keeps, as it is in an experiment, where it lies in DVC's cache.
 
+    What the cache lacks is asked of DVC's remote, where there is one.
+
     Args:
         revision: the experiment's commit.
         path: an output of a stage.
         cache: `dvc.cache_folder()`.
 
     Raises:
-        UserError: it is not in the cache, or no output there.
+        UserError: neither has it, or it is no output there.
     """
     stages = parse_yaml(read(revision, "dvc.lock"), f"dvc.lock of {revision[:7]}")["stages"]
     outs = [out for stage in stages.values() for out in stage.get("outs", ())]
     md5 = next((str(out["md5"]) for out in outs if out["path"] == path), "")
     file = cache / "files/md5" / md5[:2] / md5[2:]
+    if md5 and not file.is_file():
+        with suppress(CommandFailed), tempfile.TemporaryDirectory() as folder:
+            dvc("get", ".", path, "--rev", revision, "-o", f"{folder}/file")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(file, Path(folder, "file").read_bytes())
     if not md5 or not file.is_file():
         raise UserError(
-            f"experiment {revision[:7]}: {path} is not in DVC's cache; remove it with "
+            f"experiment {revision[:7]}: {path} is not in DVC's cache, nor in a remote; "
+            f"bring it there from where it was made ('dvc push'), or remove it with "
             f"'dvc exp remove {revision[:7]}', then run the same command again"
         )
     return file

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import signal
 import sys
 import time
 import uuid
@@ -28,7 +27,7 @@ from prefect.states import Cancelled, Failed, Scheduled, State
 
 from pipeline.dvc import check_recipe
 from pipeline.flows import experiment
-from pipeline.flows.engine import PARENT, cancelling, in_engine, leave
+from pipeline.flows.engine import PARENT, in_engine, leave, stopped
 from pipeline.flows.overrides import OWN, Overrides, apply, as_form, change, form_text, own_values
 from pipeline.flows.page import Page, Throttle
 from pipeline.flows.repro import StageFailed, run_stage
@@ -181,7 +180,7 @@ def repro(stage: str, recipe: str, page: Page) -> State[None] | None:
             return None
         except StageFailed as error:
             if error.stopped:
-                return _stopped(f"{error.stage} was stopped; the same run, started again, goes on")
+                return stopped(f"{error.stage} was stopped; the same run, started again, goes on")
             if error.code in (BAD_INPUT, CANCELLED) or attempt == _ATTEMPTS:
                 # A state instead of the exception: its message is for people, a traceback is not.
                 return _failed(error.code, str(error))
@@ -206,15 +205,6 @@ def _failed(code: int, message: str) -> State[None]:
     return Failed(message=message)
 
 
-def _stopped(message: str) -> State[None]:
-    # While a stage ran, SIGTERM was ours, so Prefect has not taken note of a cancel: told to end
-    # now, it would call the run Crashed first, at which its page stays, and Cancelled later.
-    if in_engine() and not cancelling():
-        os.kill(os.getpid(), signal.SIGTERM)  # the worker is going down: Prefect's to answer
-        time.sleep(10)
-    return Cancelled(message=message)
-
-
 def _mark(runs: Path) -> contextlib.AbstractContextManager[object]:
     # The shell's run has marked itself before Prefect started a server for it.
     return process.marked(runs) if in_engine() else contextlib.nullcontext()
@@ -235,7 +225,8 @@ def _gpus_wanted(overrides: Overrides, recipe: str) -> int:
     """
     if overrides.gpus != OWN:
         return overrides.gpus
-    own = load_recipe(recipe)
+    shell = _shell.get()
+    own = load_recipe(recipe, settings=shell.settings if shell else {})
     if overrides.preset == "smoke" or own.train.device == "cpu":
         return 0
     gpus = len(process.visible_gpus())

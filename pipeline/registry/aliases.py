@@ -1,8 +1,9 @@
 """Aliases that move on the record: every move is a tag of the registered model, and can be undone.
 
-MLflow keeps no history of an alias. A move is written down, then made, and what happened is read
-from where the next one starts: a move that was killed in between has changed nothing, and one that
-was made elsewhere, in MLflow's own page say, is the gap between two others.
+MLflow keeps no history of an alias. A move is written down, made, and confirmed. What happened is
+read from the chain of records: one that was killed before it was confirmed has happened where the
+next one, or the alias, is where it led; a gap is a move that was made elsewhere, in MLflow's own
+page say.
 
 Whoever moves an alias holds the lock of the model (`registry.locked_model`). On several machines
 with one MLflow server that lock is each machine's own: the alias is read again right before and
@@ -17,7 +18,7 @@ import re
 import socket
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -45,6 +46,7 @@ class Move:
     comparison: Comparison | None = None  # where one was made
     who: str = "unknown"  # user@machine
     when: str = "unknown"  # UTC
+    state: Literal["intended", "done"] = "intended"
 
     def to_json(self) -> str:
         """The tag's text."""
@@ -55,7 +57,7 @@ class Move:
     def from_json(cls, text: str) -> Move | None:
         """Reads what `to_json` wrote; None: a move that earlier versions called abandoned."""
         values = json.loads(text)
-        if values.pop("state", "done") == "abandoned":
+        if values["state"] == "abandoned":
             return None
         values["source"], values["target"] = values.pop("from"), values.pop("to")
         found = values["comparison"]
@@ -105,6 +107,8 @@ class Alias:
         tag = f"move.{max(taken, default=0) + 1:06d}.{uuid.uuid4().hex[:4]}"
         self._client.set_registered_model_tag(self.model, tag, move.to_json())
         self._client.set_registered_model_alias(self.model, self.alias, target)
+        done = replace(move, state="done").to_json()
+        self._client.set_registered_model_tag(self.model, tag, done)
         return self.holder == target
 
     def rollback(self) -> Move:
@@ -178,12 +182,13 @@ def _happened(alias: str, recorded: Sequence[Move], holder: str | None) -> list[
 
     def elsewhere(target: str | None) -> None:
         if at != target:
-            happened.append(Move(alias=alias, source=at, target=target, why="found moved"))
+            found: Why = "found moved"
+            happened.append(Move(alias=alias, source=at, target=target, why=found, state="done"))
 
     for move, then in zip(recorded, [*(m.source for m in recorded[1:]), holder], strict=True):
         elsewhere(move.source)
         at = move.source
-        if then != move.source:  # else it was killed before it was made
+        if move.state == "done" or then == move.target:
             happened.append(move)
             at = move.target
     elsewhere(holder)

@@ -59,16 +59,23 @@ class Line:
     name: str
     points: Sequence[Point]
     thin: Callable[[Sequence[float]], float] = fmean  # many neighbours become one: their mean
-    errors: Sequence[float] = ()  # half a bar at each point
+    errors: Sequence[float] = ()  # half a bar at each point; such a line is not thinned
 
     def finite(self, positive: bool) -> list[Point]:
         """At most 400 finite points, above zero where `positive`."""
         points = [
             (x, y) for x, y in self.points if math.isfinite(x + y) and (y > 0 or not positive)
         ]
+        if self.errors:
+            return points
         size = math.ceil(len(points) / _MOST) or 1
         parts = [points[start : start + size] for start in range(0, len(points), size)]
         return [(part[-1][0], self.thin([y for _, y in part])) for part in parts]
+
+    def errors_of(self, points: Sequence[Point]) -> list[float]:
+        """Those of some of the points."""
+        by_point = dict(zip(self.points, self.errors, strict=True))
+        return [by_point[point] for point in points]
 
 
 def line_style(number: int) -> tuple[str, tuple[float, ...]]:
@@ -157,7 +164,9 @@ class Chart:
             style: dict[str, Any] = {"color": LIGHT[colour], "linewidth": 1.6}
             style |= {"linestyle": (0, dashes)} if dashes else {}
             if line.errors:
-                axes.errorbar(x, y, line.errors, label=line.name, capsize=3, marker="o", **style)
+                axes.errorbar(
+                    x, y, line.errors_of(points), label=line.name, capsize=3, marker="o", **style
+                )
             else:
                 axes.plot(x, y, label=line.name, **style)
             start = x[0] + self.settle * (x[-1] - x[0])

@@ -68,17 +68,18 @@ def write_report(
     """
     recipes = [load_recipe(name) for name in read_params()["recipes"]]
     done = [recipe for recipe in recipes if _has_results(places.results(recipe.name))]
-    if not done:
+    studies = _studies(places.results_root / "studies")
+    if not done and not studies:
         raise UserError("results: no recipe has any yet; run 'dvc repro'")
     runs = _runs(places, [recipe.name for recipe in done], tell)
     parts = [_part(recipe, places, runs.get(recipe.name, {}), tell, with_model) for recipe in done]
-    page = _template().render(
+    page = _rendered(
         parts=parts,
         rows=_rows(parts, [recipe for recipe in recipes if recipe not in done]),
         table_2=TABLE_2,
         light=LIGHT,
         dark=DARK,
-        studies=_studies(places.results_root / "studies"),
+        studies=studies,
         line_style=line_style,
         version=__version__,
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -106,6 +107,16 @@ def _studies(folder: Path) -> list[Facts]:
 
 def _has_results(results: Path) -> bool:
     return any((results / name).exists() for name in ("metrics.json", "curves.csv"))
+
+
+def _rendered(**facts: Any) -> str:
+    try:
+        return _template().render(**facts)
+    except (jinja2.UndefinedError, TypeError, ValueError) as error:
+        raise UserError(
+            f"results: a file there is not as it was written ({error}); make the recipe's or the "
+            f"study's results again"
+        ) from None
 
 
 def _template() -> jinja2.Template:

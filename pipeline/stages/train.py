@@ -61,7 +61,7 @@ def train(name: str) -> None:
     check_machine(recipe.train, device)
     places = Places.from_env()
     manifest = check_manifest(recipe, Manifest.load(places.manifest(name)))
-    folder = places.runs / f"{name}-{run_digest(recipe, manifest)}"
+    folder = _state_folder(recipe, places, run_digest(recipe, manifest))
     lock = folder.with_suffix(".lock")
     # Experiments of a grid may share a training, so there this waits for as long as it takes.
     wait_seconds = None if project_root() == Path.cwd() else math.inf
@@ -266,6 +266,16 @@ def run_digest(recipe: Recipe, manifest: Manifest) -> str:
         "code": {path: sha256_of(Path(path)) for path in code_of("train")},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _state_folder(recipe: Recipe, places: Places, digest: str) -> Path:
+    """Where the training's state is. One that went beyond the recipe's steps is left as it is: its
+    weights are those of more steps."""
+    folder = places.runs / f"{recipe.name}-{digest}"
+    trained = [int(path.stem[5:]) for path in folder.glob("checkpoints/step-*.json")]
+    if max(trained, default=0) > recipe.train.steps:
+        return places.runs / f"{recipe.name}-{recipe.train.steps}steps-{digest}"
+    return folder
 
 
 def _recorded_by_dvc(recipe: Recipe, folder: Path) -> bool:

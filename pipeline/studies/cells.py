@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -17,13 +18,14 @@ from pipeline.flows.overrides import Overrides
 from pipeline.git import git
 from pipeline.params import Places
 from pipeline.studies.declaration import STAGES, Cell
-from pipeline.system.exits import CANCELLED
+from pipeline.system.exits import CANCELLED, UNAVAILABLE, ServerUnavailable
 from pipeline.system.process import end_with_parent
 from vdvae.config import UserError
 
 # What cells depend on besides their settings must be committed: a cell works in a clone.
 _SOURCES = ("vdvae", "pipeline", "dvc.yaml", "params.yaml")
 _LAST_LINES = 5
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def missing(cells: Sequence[Cell]) -> list[Cell]:
@@ -57,25 +59,38 @@ def run_cells(
             f"{changed.split(maxsplit=1)[1].splitlines()[0]}: differs from the commit, which is "
             f"what cells are made from; commit it, then run the same command again"
         )
-    failed = asyncio.run(_run_all(todo, jobs, note, samples, tell))
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        failed = asyncio.run(_run_all(todo, jobs, note, samples, experiment.head(), tell))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if failed:
-        raise UserError(f"{len(failed)} of {len(todo)} cells failed: {'; '.join(failed)}")
+        kind = ServerUnavailable if {*failed.values()} == {UNAVAILABLE} else UserError
+        raise kind(f"{len(failed)} of {len(todo)} cells failed: {'; '.join(failed)}")
 
 
 async def _run_all(
-    todo: Sequence[Cell], jobs: int, note: str, samples: bool, tell: Callable[[str], None]
-) -> list[str]:
+    todo: Sequence[Cell],
+    jobs: int,
+    note: str,
+    samples: bool,
+    commit: str,
+    tell: Callable[[str], None],
+) -> dict[str, int]:
+    """Runs cells; returns the exit codes of those that failed, by what is to be said of them."""
     slots, began = asyncio.Semaphore(jobs), time.monotonic()
-    failed: list[str] = []
+    failed: dict[str, int] = {}
     running: set[asyncio.subprocess.Process] = set()
     done = 0
 
     def stop() -> None:
-        for child in running:  # what trains writes a checkpoint
-            child.terminate()
-        loop.remove_signal_handler(signal.SIGTERM)
-        loop.remove_signal_handler(signal.SIGINT)
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
         task.cancel()
+        for child in running:  # what trains writes a checkpoint
+            with contextlib.suppress(ProcessLookupError):
+                child.terminate()
 
     async def run(number: int, cell: Cell) -> None:
         nonlocal done
@@ -83,18 +98,18 @@ async def _run_all(
             name = f"{cell.variant}, seed {cell.seed} ({number} of {len(todo)})"
             log = Places.from_env().runs / "studies" / f"{cell.experiment}.log"
             tell(f"{name}: begins; its output: {log}")
-            code = await _run(cell, note, samples, log, running)
+            code = await _run(cell, note, samples, commit, log, running)
             done += 1
             if code:
                 last = " / ".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
-                failed.append(f"{name}, exit code {code}: {last[-500:]}")
+                failed[f"{name}, exit code {code}: {last[-500:]}"] = code
             left = (time.monotonic() - began) / done * (len(todo) - done)
             tell(f"{name}: {'failed' if code else 'done'}; about {left / 60:.0f} min to go")
 
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(asyncio.gather(*(run(n, c) for n, c in enumerate(todo, 1))))
-    loop.add_signal_handler(signal.SIGTERM, stop)
-    loop.add_signal_handler(signal.SIGINT, stop)
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop)
     try:
         await task
     except asyncio.CancelledError:
@@ -105,10 +120,15 @@ async def _run_all(
 
 
 async def _run(
-    cell: Cell, note: str, samples: bool, log: Path, running: set[asyncio.subprocess.Process]
+    cell: Cell,
+    note: str,
+    samples: bool,
+    commit: str,
+    log: Path,
+    running: set[asyncio.subprocess.Process],
 ) -> int:
     """One cell; returns the exit code."""
-    words = json.dumps([cell.recipe.name, cell.experiment, cell.settings, note, samples])
+    words = json.dumps([cell.recipe.name, cell.experiment, cell.settings, note, samples, commit])
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
         child = await asyncio.create_subprocess_exec(
@@ -134,7 +154,9 @@ if __name__ == "__main__":
     from pipeline.system.exits import as_a_command
 
     with as_a_command():
-        recipe, name, settings, note, samples = json.loads(sys.argv[1])
+        recipe, name, settings, note, samples, commit = json.loads(sys.argv[1])
+        if experiment.head() != commit:  # the name is that of the other commit's code
+            raise UserError("a commit was made meanwhile; run the same command again")
         chosen = Overrides(
             evaluate="evaluate" in STAGES, sample=samples, register=False, note=note[:500]
         )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from pipeline.dvc import code_of
 from pipeline.params import PARAMS, Recipe, load_recipe, read_params
@@ -19,15 +19,26 @@ from vdvae.files import sha256_of
 
 STAGES = ("shard", "train", "evaluate")  # of a cell; `sample` where pictures belong to the study
 _MOST_CELLS = 1000
+_MINI = "-mini"  # of the folder of a short version
 
 Value = bool | int | float | str
 # `section.key` of a recipe: value; a variant's `recipe` takes the place of the study's.
 Settings = dict[str, Value]
+Values = Annotated[list[Value], Field(min_length=1)]
 Text = Annotated[str, Field(max_length=2000)]
+
+
+def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len({*seeds}) < len(seeds):
+        raise ValueError("has a seed twice, which would count one training as two")
+    return seeds
+
+
 Seeds = Annotated[
     tuple[Annotated[int, Field(ge=0, le=2**31 - 1)], ...],
     Strict(False),
     Field(min_length=1, max_length=100),
+    AfterValidator(_different),
 ]
 
 
@@ -51,7 +62,7 @@ class Study(_Declared):
     recipe: str
     seeds: Seeds
     set: Settings = {}  # what every cell has other than the recipe
-    vary: dict[str, list[Value]] = {}  # a grid of settings, or
+    vary: dict[str, Values] = {}  # a grid of settings, or
     variants: dict[str, Settings] = {}  # a list of named settings
     # Primary comparisons: by the claim the first variant is better than the second.
     compare: list[Annotated[tuple[str, str], Strict(False)]] = []
@@ -68,26 +79,12 @@ class Cell:
     seed: int
     recipe: Recipe  # with its settings
     settings: Settings
+    experiment: str  # the name of its DVC experiment, the same in whatever study it is
 
-    @property
-    def key(self) -> str:
-        """A digest of what determines the cell's figures: settings and code; 12 hex digits.
 
-        The code is what dvc.yaml lists, as in `stages.train.run_digest`. Data follow from them.
-        """
-        facts = {
-            "recipe": self.recipe.name,
-            **{name: getattr(self.recipe, name).to_dict() for name in ("data", "model", "train")},
-            "evaluate": self.recipe.evaluate.to_dict(),
-            "code": {path: _digest(Path(path)) for stage in STAGES for path in code_of(stage)},
-        }
-        text = json.dumps(facts, sort_keys=True).encode()
-        return hashlib.sha256(text).hexdigest()[:12]
-
-    @property
-    def experiment(self) -> str:
-        """The name of its DVC experiment, the same in whatever study it is."""
-        return f"{self.recipe.name}-seed{self.seed}-{self.key}"
+def results_name(name: str, mini: bool) -> str:
+    """Under which a study's results stand."""
+    return f"{name}{_MINI * mini}"
 
 
 def load_study(name: str, path: Path = PARAMS) -> Study:
@@ -100,6 +97,8 @@ def load_study(name: str, path: Path = PARAMS) -> Study:
     if name not in studies:
         raise UserError(f"{path}: no study {shown(name)}; there are {', '.join(studies) or 'none'}")
     where = f"{path}: studies.{name}"
+    if name.endswith(_MINI) and name.removesuffix(_MINI) in studies:
+        raise UserError(f"{where}: is where the short version's results go; rename it")
     try:
         study = Study.model_validate(studies[name])
     except ValidationError as errors:
@@ -138,26 +137,64 @@ def cells_of(study: Study, mini: bool = False, path: Path = PARAMS) -> list[Cell
     """Every cell of a study, seed by seed, so that the first results compare all variants.
 
     Raises:
-        UserError: a setting that does not do; nothing has been run.
+        UserError: a setting that does not do, or cells that could not be compared.
     """
     seeds: Sequence[int] = study.mini.seeds if mini else study.seeds
     variants = variants_of(study)
     if len(seeds) * len(variants) > _MOST_CELLS:
-        raise UserError(f"{path}: a study has {len(seeds) * len(variants)} cells; at most "
-                        f"{_MOST_CELLS} are run")  # fmt: skip
+        raise UserError(
+            f"{path}: a study has {len(seeds) * len(variants)} cells; at most {_MOST_CELLS} are run"
+        )
     shared = {**study.set, **(study.mini.set if mini else {})}
+    if any("train.seed" in settings for settings in (shared, *variants.values())):
+        raise UserError(f"{path}: train.seed is set by the study's seeds; leave it out elsewhere")
     name = (study.mini.recipe if mini else "") or study.recipe
-    return [
-        _cell(name, variant, seed, {**shared, **settings, "train.seed": seed}, path)
+    code = {path: _digest(Path(path)) for stage in STAGES for path in code_of(stage)}
+    cells = [
+        _cell(name, variant, seed, {**shared, **settings, "train.seed": seed}, path, code)
         for seed in seeds
         for variant, settings in variants.items()
     ]
+    first = cells[0].recipe
+    for cell in cells:
+        for what, one, other in (
+            ("data", cell.recipe.data, first.data),
+            ("evaluate", cell.recipe.evaluate, first.evaluate),
+            ("model.likelihood", cell.recipe.model.likelihood, first.model.likelihood),
+        ):
+            if one != other:
+                raise UserError(
+                    f"{path}: {cell.variant} has other settings of {what} than "
+                    f"{cells[0].variant}, so nothing could be compared"
+                )
+    return cells
 
 
-def _cell(recipe: str, variant: str, seed: int, settings: Settings, path: Path) -> Cell:
+def _cell(
+    recipe: str,
+    variant: str,
+    seed: int,
+    settings: Settings,
+    path: Path,
+    code: Mapping[str, str],
+) -> Cell:
+    """A cell, named by a digest of what determines its figures: settings and code.
+
+    The code is what dvc.yaml lists, as in `stages.train.run_digest`. Data follow from them.
+    """
     own = {key: value for key, value in settings.items() if key != "recipe"}
     changed = load_recipe(str(settings.get("recipe", recipe)), path, own)
-    return Cell(variant=variant, seed=seed, recipe=changed, settings=own)
+    facts: dict[str, object] = {"recipe": changed.name, "code": code}
+    for section in ("data", "model", "train", "evaluate"):
+        facts[section] = getattr(changed, section).to_dict()
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    return Cell(
+        variant=variant,
+        seed=seed,
+        recipe=changed,
+        settings=own,
+        experiment=f"{changed.name}-seed{seed}-{digest}",
+    )
 
 
 def _digest(path: Path) -> str:

@@ -11,19 +11,17 @@ from contextlib import suppress
 from typing import Literal
 
 from prefect import flow, get_run_logger
-from prefect.states import Cancelled, Failed, State
+from prefect.states import Failed, State
 from pydantic import Field
 
 from pipeline.flows import experiment
-from pipeline.flows.engine import PARENT, in_engine, leave
-from pipeline.git import git
+from pipeline.flows.engine import PARENT, in_engine, leave, stopped
 from pipeline.params import Places, read_params
+from pipeline.studies.declaration import cells_of, load_study
 from pipeline.studies.results import run_study
 from pipeline.system import process
 from pipeline.system.commands import CommandFailed
 from vdvae.config import UserError
-
-_EXPERIMENTS = "refs/exps/*:refs/exps/*"  # as git fetches and pushes them
 
 NAMES: tuple[str, ...] = ()
 with suppress(UserError):  # which the run itself will say
@@ -56,22 +54,24 @@ def study(
         process.reap(runs)
         with process.marked(runs):
             experiment.prepare(origin)
-            git("fetch", "--quiet", "origin", _EXPERIMENTS)
+            names = {cell.experiment for cell in cells_of(load_study(name), mini)}
+            experiment.fetch_from_origin(names)
 
             def tell(line: str) -> None:
                 logger.info(line)
                 with suppress(CommandFailed):  # the next one brings it along
-                    git("push", "--quiet", "origin", _EXPERIMENTS)
+                    experiment.push_to_origin(names)
 
             folder = run_study(name, mini, jobs, tell)
-            git("push", "--quiet", "origin", _EXPERIMENTS)
+            experiment.push_to_origin(names)
         logger.info("%s", (folder / "table.md").read_text())
         logger.info("to have it in the origin: 'vdvae study %s%s'", name, " --mini" * mini)
     except (UserError, CommandFailed) as error:
         return Failed(message=str(error))
     except SystemExit:
-        stopped = Cancelled(message=f"{name} was stopped; the same form, started again, goes on")
+        message = f"{name} was stopped; the same form, started again, goes on"
+        ending = stopped(message)
         if in_engine():
-            leave(stopped)
-        return stopped
+            leave(ending)
+        return ending
     return None

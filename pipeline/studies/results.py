@@ -19,7 +19,14 @@ from pipeline.registry.versions import read_per_image
 from pipeline.report.charts import Chart, Line
 from pipeline.shards import Manifest
 from pipeline.studies.cells import run_cells
-from pipeline.studies.declaration import Cell, Study, cells_of, load_study, variants_of
+from pipeline.studies.declaration import (
+    Cell,
+    Study,
+    cells_of,
+    load_study,
+    results_name,
+    variants_of,
+)
 from pipeline.studies.statistics import difference, overall
 from pipeline.system.machine import processor
 from vdvae.config import UserError
@@ -52,18 +59,19 @@ def run_study(name: str, mini: bool, jobs: int, tell: Callable[[str], None]) -> 
     rows = [read_cell(cell, cache_folder(), Places.from_env()) for cell in cells]
     folder = folder_of(name, mini)
     write_study(study, name, mini, rows, folder)
-    tracking.log_study(
-        Places.from_env(),
-        f"{name}{'-mini' * mini}",
-        {row["mlflow_run_id"]: f"{row['variant']}, seed {row['seed']}" for row in rows},
-        sorted(folder.iterdir()),
-    )
+    runs: dict[str, str] = {}  # of MLflow; equal variants share one
+    for row in rows:
+        if run_id := row["mlflow_run_id"]:
+            text = f"{row['variant']}, seed {row['seed']}"
+            runs[run_id] = f"{runs[run_id]}; {text}" if run_id in runs else text
+    files = sorted(folder.iterdir())
+    tracking.log_study(Places.from_env(), results_name(name, mini), runs, files)
     return folder
 
 
 def folder_of(name: str, mini: bool) -> Path:
     """results/studies/NAME, or NAME-mini."""
-    return Places.from_env().results_root / "studies" / f"{name}{'-mini' * mini}"
+    return Places.from_env().results_root / "studies" / results_name(name, mini)
 
 
 def read_cell(cell: Cell, cache: Path, places: Places) -> dict[str, Any]:
@@ -90,18 +98,23 @@ def read_cell(cell: Cell, cache: Path, places: Places) -> dict[str, Any]:
         for file in ("per_image.csv", "rates.json", "curves.csv", "run.json")
     }
     curves = tracking.read_curves(files["curves.csv"])
+    train, steps = cell.recipe.train, int(curves[-1]["step"])
+    if steps > train.steps or (steps < train.steps and not train.patience):
+        raise UserError(
+            f"experiment {cell.experiment}: has {steps} steps, not {train.steps}; remove it with "
+            f"'dvc exp remove {cell.experiment}', then run the same command again"
+        )
     listed = str(places.manifest(cell.recipe.name))
     manifest = Manifest.load(experiment.cached(revision, listed, cache))
     run = tracking.find_run(places, files["run.json"])
     return {
-        "recipe": cell.recipe.name,
         "variant": cell.variant,
         "seed": cell.seed,
         "experiment": cell.experiment,
         "mlflow_run_id": run[1] if run else None,
-        "steps": int(curves[-1]["step"]),
+        "steps": steps,
         "skipped": int(curves[-1].get("train/skipped", 0)),
-        "minutes": round((curves[-1]["time"] - curves[0]["time"]) / 60, 1),
+        "minutes": round(_training_seconds(train.batch_size, curves) / 60, 1),
         "conditions": {**conditions, "data": _data(manifest)},
         **{split: metrics[split] for split in SPLITS},
         "scores": read_per_image(files["per_image.csv"], "test"),
@@ -134,7 +147,7 @@ def write_study(
         "mini": mini,
         "claim": study.claim,
         "paper": study.paper,
-        "recipe": rows[0]["recipe"],
+        "recipe": (study.mini.recipe if mini else "") or study.recipe,
         "verdict": overall([found["verdict"] for found in comparisons]) if comparisons else None,
         "level": study.level,
         "comparisons": comparisons,
@@ -171,6 +184,15 @@ def _shared(conditions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "devices": sorted({each["device"] for each in conditions}),
         "written_on": processor(),
     }
+
+
+def _training_seconds(batch_size: int, curves: Sequence[dict[str, float]]) -> float:
+    """What the steps took, without validation, pictures and the pauses of an interrupted run."""
+    starts = [0.0, *(point["step"] for point in curves)]
+    return sum(
+        (point["step"] - start) * batch_size / point["train/images_per_second"]
+        for start, point in zip(starts, curves, strict=False)
+    )
 
 
 def _data(manifest: Manifest) -> str:

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
-
 from pipeline.system.process import named_gpus
 
 _PACKAGES = ("torch", "numpy", "mlflow", "dvc", "prefect")
@@ -23,6 +21,8 @@ def facts(device: str) -> dict[str, str]:
     Args:
         device: `cpu` or `cuda`; the GPU is named where it is used.
     """
+    import psutil  # which `make gpu` does without
+
     found = {
         "hardware.cpu": processor(),
         "hardware.cores": str(len(os.sched_getaffinity(0))),
@@ -52,10 +52,14 @@ class Usage:
         self._gpu, self._ranks = device == "cuda", ranks
         self._before = {key: before.get(key, 0.0) for key in ("train/cpu_hours", "train/gpu_hours")}
         self._began = time.monotonic()
+        import psutil
+
         psutil.cpu_percent()  # from now on it tells what has been used since the last call
 
     def sample(self) -> dict[str, float]:
         """The figures since the last call, as metrics."""
+        import psutil
+
         memory = psutil.virtual_memory()
         used = memory.total - memory.available
         figures = {

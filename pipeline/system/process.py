@@ -20,8 +20,6 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-import psutil
-
 from pipeline.system.exits import CANCELLED
 from vdvae.config import UserError
 from vdvae.files import open_lock
@@ -279,6 +277,8 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 def environment_of(pid: int) -> dict[str, str]:
     """What a process was started with; empty where it has ended or is another user's."""
+    import psutil  # which `make gpu` does without
+
     try:
         return psutil.Process(pid).environ()
     except psutil.Error:
@@ -287,6 +287,8 @@ def environment_of(pid: int) -> dict[str, str]:
 
 def send(number: int, pid: int, ours: Callable[[dict[str, str]], bool]) -> None:
     """Sends a signal to a process that is still there and is ours by its environment."""
+    import psutil
+
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
         if ours(process.environ()):
@@ -313,4 +315,6 @@ def end_all(ours: Callable[[dict[str, str]], bool], grace_seconds: float) -> int
 
 
 def _all(ours: Callable[[dict[str, str]], bool]) -> set[int]:
+    import psutil
+
     return {pid for pid in psutil.pids() if pid != os.getpid() and ours(environment_of(pid))}
