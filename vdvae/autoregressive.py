@@ -191,8 +191,8 @@ class PixelCNN(nn.Module):
 
         Args:
             n: number of images, all drawn at once.
-            temperature: of each pixel's mixture: logits are divided by it, scales multiplied; at 0
-                the likeliest component, as narrow as the likelihood allows (LOG_SCALE_FLOOR).
+            temperature: of each pixel's mixture: logits are divided by it, scales multiplied; 0
+                takes the middle of the likeliest component.
             generator: of all draws; or n of them, one per image.
             cached: keep the activations of the pixels before, so that each is computed once; False
                 runs the whole network for each pixel.

@@ -178,8 +178,6 @@ class DiscretizedLogisticMixture:
     def tempered(self, params_BPHW: Tensor, temperature: float) -> Tensor:
         """Parameters of a mixture that is sharper (below 1) or flatter: logits over T, scales by T.
 
-        Scales stay at or above LOG_SCALE_FLOOR, as everywhere.
-
         Args:
             params_BPHW: the likelihood's parameters, float.
             temperature: T, above 0.
@@ -191,7 +189,7 @@ class DiscretizedLogisticMixture:
         rest = params_BPHW[:, self.mixtures :].view(
             batch, self.channels, kinds, self.mixtures, *size
         )
-        rest[:, :, 1] = rest[:, :, 1].clamp(min=LOG_SCALE_FLOOR) + math.log(temperature)
+        rest[:, :, 1] += math.log(temperature)
         return params_BPHW
 
     def _target(self, level: Tensor, dtype: torch.dtype) -> Tensor:
