@@ -79,9 +79,9 @@ def test_a_refused_choice_leaves_the_file_as_it_was(params: Path) -> None:
 def test_a_field_that_is_left_alone_changes_nothing(params: Path) -> None:
     own = {"seed": 7, "precision": "tf32", "device": "cuda", "accumulation": 2}
     settings = "".join(f"      {key}: {value}\n" for key, value in own.items())
-    merges = "      <<: *train\n"
-    head, digits, rest = params.read_text().partition("  digits:\n")
-    text = head + digits + rest.replace(merges, merges + settings, 1)
+    merges = "    train: {<<: *digits_train}\n"
+    as_block = f"    train:\n      <<: *digits_train\n{settings}"
+    text = params.read_text().replace(merges, as_block, 1)
     params.write_text(text)
     before = load_recipe("digits", params)
     assert before.train.to_dict().items() >= own.items()
