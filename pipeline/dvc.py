@@ -41,6 +41,11 @@ def cache_folder() -> Path:
         ) from None
 
 
+def cached_object(cache: Path, md5: str) -> Path:
+    """Where the object of that hash lies in DVC's cache, if it is there."""
+    return cache / "files/md5" / md5[:2] / md5[2:]
+
+
 def lock_entries(recipe: str, lock: Path = LOCK) -> dict[str, Any]:
     """What dvc.lock holds of the stages before `register`; empty where it is missing.
 

@@ -79,10 +79,11 @@ def import_published(
     from vdvae.published import load_published
 
     arithmetic: Likelihood = "published_5bit" if recipe.model.num_levels == 32 else "published"
-    published = replace(recipe, model=replace(config, likelihood=arithmetic))
+    as_published = replace(config, likelihood=arithmetic)
+    published = replace(recipe, model=as_published)
     with held(file, SUMS) as sha256:
         weights = read_checkpoint(file)
-        model = load_published(replace(config, likelihood=arithmetic), weights)
+        model = load_published(as_published, weights)
     there = replace(places, results_root=RESULTS)
     results = there.results(recipe_name)
     save(model, there.model(recipe_name))

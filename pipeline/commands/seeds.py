@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pipeline import tracking
@@ -24,7 +25,7 @@ from pipeline.params import Places, load_recipe
 from pipeline.system.process import end_with_parent
 from pipeline.yaml_files import parse_yaml
 from vdvae.config import UserError
-from vdvae.files import atomic_write_json, parse_json
+from vdvae.files import atomic_write_json
 
 SPLITS = ("validation", "test")
 FIGURES = ("bits_per_dim", "rate_bits_per_dim", "distortion_bits_per_dim")
@@ -66,6 +67,7 @@ def run_seeds(recipe: str, seeds: list[int], settings: dict[str, Any]) -> None:
         Overrides(**({"register": seed == own} | settings | {"seed": seed})) for seed in seeds
     ]
     commit = experiment.head()  # read once: a commit made meanwhile is another recipe
+    places, cache = Places.from_env(), cache_folder()
     rows = []
     for overrides in chosen:
         name = _name(recipe, commit, overrides)
@@ -77,7 +79,7 @@ def run_seeds(recipe: str, seeds: list[int], settings: dict[str, Any]) -> None:
                 f"experiment {name}: is not at commit {commit[:7]}, which the checkout was at; "
                 f"run the same command again, and commit nothing meanwhile"
             )
-        rows.append(_row(recipe, overrides.seed, name, found, Places.from_env()))
+        rows.append(_row(recipe, overrides.seed, name, found, places, cache))
     data = {row["manifest_digest"] for row in rows}
     if len(data) > 1:
         raise UserError(
@@ -92,7 +94,7 @@ def run_seeds(recipe: str, seeds: list[int], settings: dict[str, Any]) -> None:
         "seeds": rows,
         **{split: _spread([row[split] for row in rows]) for split in SPLITS},
     }
-    path = Places.from_env().results(recipe) / "seeds.json"
+    path = places.results(recipe) / "seeds.json"
     atomic_write_json(path, result)
     _show(result)
     print(f"{path}; 'vdvae report' shows it")
@@ -116,18 +118,15 @@ def _name(recipe: str, commit: str, overrides: Overrides) -> str:
     return f"{recipe}-{overrides.preset}-seed{overrides.seed}-{digest}"
 
 
-def _json(revision: str, path: str) -> Any:
-    remedy = f"remove the experiment of {revision}, then run the same command again"
-    return parse_json(experiment.read(revision, path), f"{path} of {revision}", remedy)
-
-
-def _row(recipe: str, seed: int, name: str, revision: str, places: Places) -> dict[str, Any]:
+def _row(
+    recipe: str, seed: int, name: str, revision: str, places: Places, cache: Path
+) -> dict[str, Any]:
     """What an experiment says of its run."""
     folder = f"results/{recipe}"
-    metrics = _json(revision, f"{folder}/metrics.json")
-    conditions = _json(revision, f"{folder}/conditions.json")
+    metrics = experiment.read_json(revision, f"{folder}/metrics.json")
+    conditions = experiment.read_json(revision, f"{folder}/conditions.json")
     settings = parse_yaml(experiment.read(revision, "params.yaml"), f"params.yaml of {revision}")
-    run_file = experiment.cached(revision, f"{folder}/run.json", cache_folder())
+    run_file = experiment.cached(revision, f"{folder}/run.json", cache)
     run = tracking.find_run(places, run_file)
     return {
         "seed": seed,

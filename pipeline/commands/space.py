@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import tracking
 from pipeline.commands.output import print_json
-from pipeline.dvc import cache_folder
+from pipeline.dvc import cache_folder, cached_object
 from pipeline.git import git
 from pipeline.params import Places, read_params
 from pipeline.registry.versions import PREFIX, Version, client_of, fetch_files
@@ -176,7 +176,7 @@ def find_needs(places: Places, cache: Path) -> Needs:
     for path in _cached_manifests(cache):
         needs.add(_load(path), "a manifest in DVC's cache: a branch, tag or experiment had it")
     for recipe, md5, where in _named_by_git():
-        if not _cached(cache, md5).exists():
+        if not cached_object(cache, md5).exists():
             needs.recipes[recipe] = f"{where}, whose manifest is not in DVC's cache ('dvc fetch')"
     return needs
 
@@ -272,10 +272,6 @@ def _cached_manifests(cache: Path) -> Iterator[Path]:
         with path.open("rb") as file:
             if file.read(13) == b'{\n  "recipe":':
                 yield path
-
-
-def _cached(cache: Path, md5: str) -> Path:
-    return cache / "files/md5" / md5[:2] / md5[2:]
 
 
 def _named_by_git() -> Iterator[tuple[str, str, str]]:
@@ -389,7 +385,7 @@ def _state(folder: Path, cache: Path, written: float, before: float) -> tuple[st
     if folder.suffix == ".finished":
         return "finished, half removed", written < before
     curves = folder / "curves.csv"  # written when training has ended
-    if curves.exists() and _cached(cache, _md5_of(curves)).exists():
+    if curves.exists() and cached_object(cache, _md5_of(curves)).exists():
         return "finished, DVC has what it made", written < before
     if written < time.time() - 86400 * STALE_DAYS:
         return f"unfinished, nobody went on with it for {STALE_DAYS} days", written < before

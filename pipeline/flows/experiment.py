@@ -6,24 +6,26 @@ which `dvc exp show` lists there and `dvc exp apply` takes over.
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import time
 from collections.abc import Sequence, Set
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from configobj import ConfigObj
 
-from pipeline.dvc import cache_folder, dvc
+from pipeline.dvc import cache_folder, cached_object, dvc
 from pipeline.git import CHANGES, git
 from pipeline.params import Places
 from pipeline.settings import Settings, variable
 from pipeline.system.commands import CommandFailed
 from pipeline.yaml_files import parse_yaml
 from vdvae.config import UserError
-from vdvae.files import atomic_write
+from vdvae.files import atomic_write, parse_json
 
 _RAW = Path("data/raw")
 _PUSH_ATTEMPTS = 3
@@ -192,6 +194,16 @@ def read(revision: str, path: str) -> str:
         ) from None
 
 
+def read_json(revision: str, path: str) -> Any:
+    """A JSON file that git keeps, as it is in an experiment.
+
+    Raises:
+        UserError: where the experiment has no such file, or it is damaged.
+    """
+    remedy = f"remove the experiment of {revision}, then run the same command again"
+    return parse_json(read(revision, path), f"{path} of {revision}", remedy)
+
+
 def cached(revision: str, path: str, cache: Path) -> Path:
     """A file that DVC keeps, as it is in an experiment, where it lies in DVC's cache.
 
@@ -205,10 +217,8 @@ def cached(revision: str, path: str, cache: Path) -> Path:
     Raises:
         UserError: neither has it, or it is no output there.
     """
-    stages = parse_yaml(read(revision, "dvc.lock"), f"dvc.lock of {revision[:7]}")["stages"]
-    outs = [out for stage in stages.values() for out in stage.get("outs", ())]
-    md5 = next((str(out["md5"]) for out in outs if out["path"] == path), "")
-    file = cache / "files/md5" / md5[:2] / md5[2:]
+    md5 = _outputs(revision).get(path, "")
+    file = cached_object(cache, md5)
     if md5 and not file.is_file():
         with suppress(CommandFailed), tempfile.TemporaryDirectory() as folder:
             dvc("get", ".", path, "--rev", revision, "-o", f"{folder}/file")
@@ -221,6 +231,14 @@ def cached(revision: str, path: str, cache: Path) -> Path:
             f"'dvc exp remove {revision[:7]}', then run the same command again"
         )
     return file
+
+
+@functools.cache  # a commit stays what it is
+def _outputs(revision: str) -> dict[str, str]:
+    """The md5 of each output of an experiment's stages, by its path."""
+    stages = parse_yaml(read(revision, "dvc.lock"), f"dvc.lock of {revision[:7]}")["stages"]
+    outs = [out for stage in stages.values() for out in stage.get("outs", ())]
+    return {out["path"]: str(out["md5"]) for out in outs if "md5" in out}
 
 
 def uncommitted(origin: Path) -> list[str]:

@@ -17,7 +17,7 @@ from pipeline.flows import experiment
 from pipeline.flows.overrides import Overrides
 from pipeline.git import git
 from pipeline.params import Places
-from pipeline.studies.declaration import STAGES, Cell
+from pipeline.studies.declaration import Cell
 from pipeline.system.exits import CANCELLED, UNAVAILABLE, ServerUnavailable
 from pipeline.system.process import end_with_parent
 from vdvae.config import UserError
@@ -34,16 +34,13 @@ def missing(cells: Sequence[Cell]) -> list[Cell]:
     return [cell for name, cell in wanted.items() if experiment.find_any(name) is None]
 
 
-def run_cells(
-    cells: Sequence[Cell], jobs: int, note: str, samples: bool, tell: Callable[[str], None]
-) -> None:
+def run_cells(cells: Sequence[Cell], jobs: int, note: str, tell: Callable[[str], None]) -> None:
     """Runs what is missing of the cells, `jobs` at once; the same again goes on after any kill.
 
     Args:
         cells: of a study.
         jobs: cells at once on this machine.
         note: of their experiments.
-        samples: draw pictures, too.
         tell: gets a sentence for each cell that begins or ends.
 
     Raises:
@@ -61,7 +58,7 @@ def run_cells(
         )
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
-        failed = asyncio.run(_run_all(todo, jobs, note, samples, experiment.head(), tell))
+        failed = asyncio.run(_run_all(todo, jobs, note, experiment.head(), tell))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -74,7 +71,6 @@ async def _run_all(
     todo: Sequence[Cell],
     jobs: int,
     note: str,
-    samples: bool,
     commit: str,
     tell: Callable[[str], None],
 ) -> dict[str, int]:
@@ -98,7 +94,7 @@ async def _run_all(
             name = f"{cell.variant}, seed {cell.seed} ({number} of {len(todo)})"
             log = Places.from_env().runs / "studies" / f"{cell.experiment}.log"
             tell(f"{name}: begins; its output: {log}")
-            code = await _run(cell, note, samples, commit, log, running)
+            code = await _run(cell, note, commit, log, running)
             done += 1
             if code:
                 last = " / ".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
@@ -122,13 +118,12 @@ async def _run_all(
 async def _run(
     cell: Cell,
     note: str,
-    samples: bool,
     commit: str,
     log: Path,
     running: set[asyncio.subprocess.Process],
 ) -> int:
     """One cell; returns the exit code."""
-    words = json.dumps([cell.recipe.name, cell.experiment, cell.settings, note, samples, commit])
+    words = json.dumps([cell.recipe.name, cell.experiment, cell.settings, note, commit])
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
         child = await asyncio.create_subprocess_exec(
@@ -154,10 +149,8 @@ if __name__ == "__main__":
     from pipeline.system.exits import as_a_command
 
     with as_a_command():
-        recipe, name, settings, note, samples, commit = json.loads(sys.argv[1])
+        recipe, name, settings, note, commit = json.loads(sys.argv[1])
         if experiment.head() != commit:  # the name is that of the other commit's code
             raise UserError("a commit was made meanwhile; run the same command again")
-        chosen = Overrides(
-            evaluate="evaluate" in STAGES, sample=samples, register=False, note=note[:500]
-        )
+        chosen = Overrides(sample=False, register=False, note=note[:500])
         main(recipe, chosen, name, settings)

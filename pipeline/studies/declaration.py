@@ -17,7 +17,7 @@ from pipeline.params import PARAMS, Recipe, load_recipe, read_params
 from vdvae.config import UserError, shown
 from vdvae.files import sha256_of
 
-STAGES = ("shard", "train", "evaluate")  # of a cell; `sample` where pictures belong to the study
+STAGES = ("shard", "train", "evaluate")  # of a cell
 _MOST_CELLS = 1000
 _MINI = "-mini"  # of the folder of a short version
 

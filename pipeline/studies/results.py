@@ -30,7 +30,7 @@ from pipeline.studies.declaration import (
 from pipeline.studies.statistics import difference, overall
 from pipeline.system.machine import processor
 from vdvae.config import UserError
-from vdvae.files import atomic_write, atomic_write_json, parse_json, read_json
+from vdvae.files import atomic_write, atomic_write_json, read_json
 
 SPLITS = ("validation", "test")
 _LARGE = ("scores", "rates", "curves", "conditions")  # of a cell, not in the table
@@ -55,9 +55,10 @@ def run_study(name: str, mini: bool, jobs: int, tell: Callable[[str], None]) -> 
     """
     study = load_study(name)
     cells = cells_of(study, mini)
-    run_cells(cells, jobs, f"study {name}", False, tell)
-    rows = [read_cell(cell, cache_folder(), Places.from_env()) for cell in cells]
-    folder = folder_of(name, mini)
+    run_cells(cells, jobs, f"study {name}", tell)
+    places, cache = Places.from_env(), cache_folder()
+    rows = [read_cell(cell, cache, places) for cell in cells]
+    folder = places.results_root / "studies" / results_name(name, mini)
     write_study(study, name, mini, rows, folder)
     runs: dict[str, str] = {}  # of MLflow; equal variants share one
     for row in rows:
@@ -65,13 +66,8 @@ def run_study(name: str, mini: bool, jobs: int, tell: Callable[[str], None]) -> 
             text = f"{row['variant']}, seed {row['seed']}"
             runs[run_id] = f"{runs[run_id]}; {text}" if run_id in runs else text
     files = sorted(folder.iterdir())
-    tracking.log_study(Places.from_env(), results_name(name, mini), runs, files)
+    tracking.log_study(places, results_name(name, mini), runs, files)
     return folder
-
-
-def folder_of(name: str, mini: bool) -> Path:
-    """results/studies/NAME, or NAME-mini."""
-    return Places.from_env().results_root / "studies" / results_name(name, mini)
 
 
 def read_cell(cell: Cell, cache: Path, places: Places) -> dict[str, Any]:
@@ -87,12 +83,8 @@ def read_cell(cell: Cell, cache: Path, places: Places) -> dict[str, Any]:
             f"nothing meanwhile"
         )
     folder = f"results/{cell.recipe.name}"
-
-    def of_git(file: str) -> Any:
-        text = experiment.read(revision, f"{folder}/{file}")
-        return parse_json(text, f"{file} of {cell.experiment}", "remove the experiment")
-
-    conditions, metrics = of_git("conditions.json"), of_git("metrics.json")
+    conditions = experiment.read_json(revision, f"{folder}/conditions.json")
+    metrics = experiment.read_json(revision, f"{folder}/metrics.json")
     files = {
         file: experiment.cached(revision, f"{folder}/{file}", cache)
         for file in ("per_image.csv", "rates.json", "curves.csv", "run.json")

@@ -6,31 +6,22 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Project, narrow
+from test_studies import STUDY, VDVAE
 
-VDVAE = (sys.executable, "-c", "from pipeline.cli.main import main; main()")
 WORDS = ("study", "wide", "--jobs", "2")
-STUDY = {
-    "claim": "wider is better",
-    "paper": "nowhere",
-    "recipe": "digits",
-    "seeds": [0, 1],
-    "set": {"train.steps": 120, "train.log_every": 10, "train.checkpoint_every": 10},
-    "vary": {"model.width": [8, 16]},
-    "compare": [["width=16", "width=8"]],
-}
+SET = {"train.steps": 120, "train.log_every": 10, "train.checkpoint_every": 10}
 
 
 def project_with_study(folder: Path) -> Project:
     project = Project(folder)
     project.set(narrow)
-    project.set(lambda params: params.update(studies={"wide": STUDY}))
+    project.set(lambda params: params.update(studies={"wide": {**STUDY, "set": SET}}))
     project.run("git", "commit", "-qam", "study")
     return project
 
