@@ -16,7 +16,8 @@ import vdvae
 from vdvae.autoregressive import PixelCNN
 from vdvae.config import PixelCNNConfig, TrainConfig, UserError, model_config_of
 from vdvae.evaluate import score
-from vdvae.levels import levels_to_uint8
+from vdvae.levels import levels_to_uint8, uint8_to_levels
+from vdvae.model import Elbo, network_input
 from vdvae.models import build, with_latents
 from vdvae.randomness import generator_of
 from vdvae.sampling import draw, interpolate, reconstruction_ladder
@@ -73,6 +74,29 @@ def test_a_pixel_sees_those_before_it_and_no_other(layers: int) -> None:
     assert (seen == before).all() == (
         layers == 5
     )  # deep enough, it sees all of them: no blind spot
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_as_a_vae_of_identity_posteriors_its_bound_is_its_likelihood(channels: int) -> None:
+    """Proposition 1 with this model's own order: layer i's latent is pixel i itself.
+
+    q(z_i given x) puts everything on x_i, so KL(q, p) is -log p(z_i given the latents above), and
+    p(x given z) is 1. Each prior is computed from the latents that are there by then.
+    """
+    model, x_BCHW = made(image_channels=channels), all_images(channels)[::7]
+    latents_BCHW = torch.zeros_like(x_BCHW)
+    kl_nats_LB = []
+    with torch.no_grad():
+        for row, column in itertools.product(range(2), repeat=2):
+            _, input_BCHW = network_input(model.config, latents_BCHW, torch.float64)
+            prior = model.parameters_of_pixels(input_BCHW)[:, :, row, column, None, None]
+            pixel_BC11 = x_BCHW[:, :, row, column, None, None]
+            level_BC11 = uint8_to_levels(pixel_BC11, model.config.num_levels)
+            kl_nats_LB.append(-model.likelihood.log_prob(prior, level_BC11))
+            latents_BCHW[:, :, row, column] = x_BCHW[:, :, row, column]
+    assert torch.equal(latents_BCHW, x_BCHW)
+    bound = Elbo(distortion_nats_B=torch.zeros(len(x_BCHW)), kl_nats_LB=torch.stack(kl_nats_LB))
+    torch.testing.assert_close(-bound.neg_elbo_nats_B, log_probs(model, x_BCHW))
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -20,7 +20,7 @@ from playwright.sync_api import Browser
 
 from pipeline import tracking
 from pipeline.cli.main import main
-from pipeline.params import Places
+from pipeline.params import Places, load_recipe
 from pipeline.report.charts import Chart, Line
 from pipeline.report.page import write_report
 from pipeline.report.table2 import TABLE_2, data_set_of, why_not_comparable
@@ -278,22 +278,35 @@ def study_row(variant: str, seed: int, bits: float) -> dict[str, Any]:
     """What `read_cell` gives of a cell."""
     figures = {"bits_per_dim": bits, "bits_per_dim_se": 0.01}
     return {
-        "recipe": "digits", "variant": variant, "seed": seed, "experiment": "e", "steps": 4,
-        "mlflow_run_id": None, "skipped": 0, "minutes": 0.1, "validation": figures, "test": figures,
+        "recipe": load_recipe("digits"), "variant": variant, "seed": seed, "experiment": "e",
+        "steps": 4, "mlflow_run_id": None, "skipped": 0, "minutes": 0.1,
+        "validation": figures, "test": figures,
         "conditions": {
             "manifest_digest": "d", "data": "e" * 64, "precision": "fp32", "device": "cpu",
         },
         "scores": {f"image-{n}": bits + n / 1000 for n in range(9)},
-        "rates": {"rate_bits_per_dim_by_layer": [
-            {"resolution": 1, "rate_bits_per_dim": 0.1}, {"resolution": 8, "rate_bits_per_dim": 1},
-        ]},
+        "rates": {
+            "rate_bits_per_dim_by_layer": [
+                {"resolution": 1, "rate_bits_per_dim": 0.001},
+                {"resolution": 8, "rate_bits_per_dim": 1.0},
+            ],
+            "rate_bits_per_dim_by_resolution": {"1": 0.001, "8": 1.0},
+        },
         "curves": [{"step": s, "time": s, "train/gradient_norm": 2.0**s} for s in (1, 2)],
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("shows", ["bits", "rates", "gradients"])
+@pytest.mark.parametrize(
+    ("shows", "column"),
+    [
+        ("bits", {}),
+        ("rates", {"layers under 0.1 nats an image, of 2": [1, 1]}),  # of 64 * 0.001 * ln 2
+        ("resolutions", {"share of latents at 8x8": [64 / 65] * 2}),
+        ("gradients", {"gradient norm, median": [3.0, 3.0]}),
+    ],
+)
 def test_a_study_has_its_claim_figure_table_and_verdict(
-    report: Report, browser: Browser, folder: Path, shows: str
+    report: Report, browser: Browser, folder: Path, shows: str, column: dict[str, list[float]]
 ) -> None:
     study = Study.model_validate(
         {
@@ -306,6 +319,8 @@ def test_a_study_has_its_claim_figure_table_and_verdict(
     place = folder / "results/studies/depth"
     place.mkdir(parents=True)
     write_study(study, "depth", False, rows, place)
+    found = json.loads((place / "table.json").read_text())["variants"]["deep"]["shown"]
+    assert column.items() <= found.items()
     report("--no-model")
     tab = browser.new_page(viewport={"width": 375, "height": 900})
     tab.goto((folder / "results/report.html").as_uri())
@@ -313,6 +328,7 @@ def test_a_study_has_its_claim_figure_table_and_verdict(
     text = section.inner_text()
     assert "Depth <helps>" in text and "Supported on these data at 95%" in text
     assert "+0.1000" in text and "1.8001 ± 0.0001" in text
+    assert all(heading in text for heading in found)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 375
     picture = section.locator("img")
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100

@@ -55,12 +55,15 @@ def _run(recipe: Recipe, **overrides: Any) -> None:
 @word(app, "seeds", "vdvae seeds digits --seeds 0,1,2", "vdvae seeds digits --seeds 0,1 --steps 90")
 @with_overrides("seed", "evaluate")
 def _seeds(
-    recipe: Recipe, seeds: Annotated[str, option("Two or more, as in 0,1,2.")], **overrides: Any
+    recipe: Recipe,
+    seeds: Annotated[str, option("Two or more, as in 0,1,2.")],
+    jobs: Annotated[int, option("Runs at once.", min=1, max=64)] = 1,
+    **overrides: Any,
 ) -> None:
     """One run a seed; mean and spread over the seeds."""
     from pipeline.commands.seeds import parse_seeds, run_seeds
 
-    run_seeds(recipe, parse_seeds(seeds), given(overrides))
+    run_seeds(recipe, parse_seeds(seeds), given(overrides), jobs, print)
 
 
 @word(app, "study", "vdvae study depth --jobs 2", "vdvae study depth --mini --dry-run")

@@ -1,33 +1,28 @@
-"""`vdvae seeds`: one run a seed, and how far the trainings differ: mean ± spread.
+"""`vdvae seeds`: the study of one recipe's seeds, and how far the trainings differ: mean ± spread.
 
-A seed's run is the one of `vdvae run`, whose DVC experiment gets a name that follows from recipe,
-commit and settings. What is there already is not run again, so the same command goes on.
+Each seed is a cell, run as those of a study are, with the stages of `vdvae run`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import statistics
-import subprocess
-import sys
-from functools import partial
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
-from pipeline import tracking
 from pipeline.commands.output import print_table
 from pipeline.dvc import cache_folder
-from pipeline.flows import experiment
-from pipeline.flows.overrides import Overrides
-from pipeline.params import Places, load_recipe
-from pipeline.system.process import end_with_parent
-from pipeline.yaml_files import parse_yaml
+from pipeline.flows.overrides import Overrides, apply
+from pipeline.params import PARAMS, Places, load_recipe
+from pipeline.studies.cells import run_cells
+from pipeline.studies.declaration import Cell, code_of_cells, experiment_name
+from pipeline.studies.results import SPLITS, read_cell
 from vdvae.config import UserError
 from vdvae.files import atomic_write_json
 
-SPLITS = ("validation", "test")
 FIGURES = ("bits_per_dim", "rate_bits_per_dim", "distortion_bits_per_dim")
 
 
@@ -50,7 +45,13 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def run_seeds(recipe: str, seeds: list[int], settings: dict[str, Any]) -> None:
+def run_seeds(
+    recipe: str,
+    seeds: Sequence[int],
+    settings: dict[str, Any],
+    jobs: int,
+    tell: Callable[[str], None],
+) -> None:
     """Makes the runs that are not there yet, prints the table, writes results/<recipe>/seeds.json.
 
     Args:
@@ -58,28 +59,16 @@ def run_seeds(recipe: str, seeds: list[int], settings: dict[str, Any]) -> None:
         seeds: of the trainings, at least two.
         settings: fields of `Overrides` but the seed. Without `register`, the recipe's own seed
             alone becomes a version: a paired test over several tries is passed by luck more often.
+        jobs: runs at once.
+        tell: gets a sentence for each run that begins or ends.
 
     Raises:
-        UserError: bad settings, no commit, or experiments that do not belong together.
+        UserError: bad settings, uncommitted changes, or runs that failed or do not belong together.
     """
-    own = load_recipe(recipe).train.seed
-    chosen = [
-        Overrides(**({"register": seed == own} | settings | {"seed": seed})) for seed in seeds
-    ]
-    commit = experiment.head()  # read once: a commit made meanwhile is another recipe
+    cells = _cells(recipe, seeds, settings)
+    run_cells(cells, jobs, f"seeds of {recipe}", tell)
     places, cache = Places.from_env(), cache_folder()
-    rows = []
-    for overrides in chosen:
-        name = _name(recipe, commit, overrides)
-        if experiment.find(name, commit) is None:
-            _run(recipe, overrides, name)
-        found = experiment.find(name, commit)
-        if found is None:
-            raise UserError(
-                f"experiment {name}: is not at commit {commit[:7]}, which the checkout was at; "
-                f"run the same command again, and commit nothing meanwhile"
-            )
-        rows.append(_row(recipe, overrides.seed, name, found, places, cache))
+    rows = [_row(cell, read_cell(cell, cache, places)) for cell in cells]
     data = {row["manifest_digest"] for row in rows}
     if len(data) > 1:
         raise UserError(
@@ -88,7 +77,6 @@ def run_seeds(recipe: str, seeds: list[int], settings: dict[str, Any]) -> None:
         )
     result = {
         "recipe": recipe,
-        "commit": commit,
         "settings": settings,
         "manifest_digest": rows[0]["manifest_digest"],
         "seeds": rows,
@@ -100,43 +88,40 @@ def run_seeds(recipe: str, seeds: list[int], settings: dict[str, Any]) -> None:
     print(f"{path}; 'vdvae report' shows it")
 
 
-def _run(recipe: str, overrides: Overrides, name: str) -> None:
-    """One run in a process of its own: what a kill leaves of it then carries this run's mark."""
-    words = [recipe, json.dumps(overrides.model_dump()), name]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.commands.seeds", *words],
-        preexec_fn=partial(end_with_parent, os.getpid()),
-    )
-    if done.returncode:
-        raise SystemExit(done.returncode)
+def _cells(recipe: str, seeds: Sequence[int], settings: dict[str, Any]) -> list[Cell]:
+    own, code = load_recipe(recipe).train.seed, code_of_cells()
+    os.environ.setdefault("VDVAE_DATA_ROOTS", "/,s3://")  # as `vdvae run` has it
+    cells = []
+    for seed in seeds:
+        overrides = Overrides(**({"register": seed == own} | settings | {"seed": seed}))
+        with tempfile.TemporaryDirectory() as folder:
+            changed = apply(overrides, recipe, Path(copyfile(PARAMS, f"{folder}/{PARAMS}")))
+        cells.append(
+            Cell(
+                variant=recipe,
+                seed=seed,
+                recipe=changed,
+                settings={},
+                overrides=overrides,
+                experiment=experiment_name(changed, overrides, code),
+            )
+        )
+    return cells
 
 
-def _name(recipe: str, commit: str, overrides: Overrides) -> str:
-    # Experiments of two commits may not share a name: `dvc exp apply` could not tell them apart.
-    key = json.dumps([commit, overrides.model_dump()], sort_keys=True).encode()
-    digest = hashlib.sha256(key).hexdigest()[:8]
-    return f"{recipe}-{overrides.preset}-seed{overrides.seed}-{digest}"
-
-
-def _row(
-    recipe: str, seed: int, name: str, revision: str, places: Places, cache: Path
-) -> dict[str, Any]:
-    """What an experiment says of its run."""
-    folder = f"results/{recipe}"
-    metrics = experiment.read_json(revision, f"{folder}/metrics.json")
-    conditions = experiment.read_json(revision, f"{folder}/conditions.json")
-    settings = parse_yaml(experiment.read(revision, "params.yaml"), f"params.yaml of {revision}")
-    run_file = experiment.cached(revision, f"{folder}/run.json", cache)
-    run = tracking.find_run(places, run_file)
+def _row(cell: Cell, found: dict[str, Any]) -> dict[str, Any]:
+    """What seeds.json says of a seed."""
+    conditions = found["conditions"]
     return {
-        "seed": seed,
-        "experiment": name,
-        "mlflow_run_id": run[1] if run else None,
+        "seed": cell.seed,
+        "experiment": cell.experiment,
+        "mlflow_run_id": found["mlflow_run_id"],
+        "commit": conditions["git_revision"],
         "manifest_digest": conditions["manifest_digest"],
         "weights_sha256": conditions["weights_sha256"],
-        "training_precision": settings["recipes"][recipe]["train"]["precision"],
+        "training_precision": cell.recipe.train.precision,
         "evaluation_precision": conditions["precision"],
-        **{split: metrics[split] for split in SPLITS},
+        **{split: found[split] for split in SPLITS},
     }
 
 
@@ -178,11 +163,3 @@ def _show(result: dict[str, Any]) -> None:
         "error: standard error over images, of one model; spread: sample standard deviation over "
         "seeds, of models scored on the same images. Neither holds the other."
     )
-
-
-if __name__ == "__main__":
-    from pipeline.flows import run_recipe as flows
-    from pipeline.system.exits import as_a_command
-
-    with as_a_command():
-        flows.main(sys.argv[1], Overrides(**json.loads(sys.argv[2])), sys.argv[3])

@@ -138,16 +138,7 @@ def head() -> str:
         raise UserError(f"{Path.cwd()}: has no commit; commit the project with git") from None
 
 
-def find(name: str, baseline: str) -> str | None:
-    """The commit of the experiment of that name on the commit `baseline`; None: there is none."""
-    reference = f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"  # DVC's own place for it
-    try:
-        return git("rev-parse", "--verify", "--quiet", reference)
-    except CommandFailed:
-        return None
-
-
-def find_any(name: str) -> str | None:
+def find(name: str) -> str | None:
     """The commit of the newest experiment of that name, whatever it is based on."""
     found = git(
         "for-each-ref", "--sort=-committerdate", "--format=%(objectname)", f"refs/exps/*/*/{name}"

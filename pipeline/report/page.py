@@ -101,7 +101,9 @@ def _studies(folder: Path) -> list[Facts]:
         if not {*_OF_A_STUDY} <= table.keys() or not {"data", "precision"} <= conditions.keys():
             raise UserError(f"{path}: is no study's table; run 'vdvae study {path.parent.name}'")
         figure = svg_uri(path.with_name("figure.svg"))
-        studies.append(table | {"conditions": conditions, "figure": figure})
+        ladder = picture(path.with_name("reconstructions.png"))
+        facts = {"conditions": conditions, "figure": figure, "reconstructions": ladder}
+        studies.append(table | facts)
     return studies
 
 
@@ -268,10 +270,11 @@ def _seeds(
         return {}
     try:
         settings = ", ".join(f"{key} {value}" for key, value in found["settings"].items())
+        commits = ", ".join(sorted({str(row["commit"])[:7] for row in found["seeds"]}))
         return {
             split: f"{found[split]['bits_per_dim']['mean']:.4f} ± "
             f"{found[split]['bits_per_dim']['stdev']:.4f} over {found[split]['n']} seeds "
-            f"(mean ± sample standard deviation), commit {found['commit'][:7]}"
+            f"(mean ± sample standard deviation), commit {commits}"
             + (f", with {settings}" if settings else "")
             for split in _SPLITS
         }

@@ -31,7 +31,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def missing(cells: Sequence[Cell]) -> list[Cell]:
     """The cells that have no experiment yet, each once: equal settings are one cell."""
     wanted = {cell.experiment: cell for cell in cells}
-    return [cell for name, cell in wanted.items() if experiment.find_any(name) is None]
+    return [cell for name, cell in wanted.items() if experiment.find(name) is None]
 
 
 def run_cells(cells: Sequence[Cell], jobs: int, note: str, tell: Callable[[str], None]) -> None:
@@ -123,7 +123,8 @@ async def _run(
     running: set[asyncio.subprocess.Process],
 ) -> int:
     """One cell; returns the exit code."""
-    words = json.dumps([cell.recipe.name, cell.experiment, cell.settings, note, commit])
+    chosen = {**cell.overrides.model_dump(), "note": cell.overrides.note or note[:500]}
+    words = json.dumps([cell.recipe.name, chosen, cell.experiment, cell.settings, commit])
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
         child = await asyncio.create_subprocess_exec(
@@ -149,8 +150,7 @@ if __name__ == "__main__":
     from pipeline.system.exits import as_a_command
 
     with as_a_command():
-        recipe, name, settings, note, commit = json.loads(sys.argv[1])
+        recipe, chosen, name, settings, commit = json.loads(sys.argv[1])
         if experiment.head() != commit:  # the name is that of the other commit's code
             raise UserError("a commit was made meanwhile; run the same command again")
-        chosen = Overrides(sample=False, register=False, note=note[:500])
-        main(recipe, chosen, name, settings)
+        main(recipe, Overrides(**chosen), name, settings)

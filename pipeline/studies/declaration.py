@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from pipeline.dvc import code_of
+from pipeline.flows.overrides import Overrides
 from pipeline.params import PARAMS, Recipe, load_recipe, read_params
 from vdvae.config import UserError, shown
 from vdvae.files import sha256_of
@@ -66,7 +67,8 @@ class Study(_Declared):
     variants: dict[str, Settings] = {}  # a list of named settings
     # Primary comparisons: by the claim the first variant is better than the second.
     compare: list[Annotated[tuple[str, str], Strict(False)]] = []
-    shows: Literal["bits", "rates", "gradients"] = "bits"  # the figure: by variant, layer or step
+    # The figure and further columns: by variant, layer, resolution or step.
+    shows: Literal["bits", "rates", "resolutions", "gradients"] = "bits"
     level: Annotated[float, Field(ge=0.5, le=0.9999)] = 0.95  # of the intervals
     mini: Mini = Mini()
 
@@ -79,6 +81,7 @@ class Cell:
     seed: int
     recipe: Recipe  # with its settings
     settings: Settings
+    overrides: Overrides  # what else is chosen for its run
     experiment: str  # the name of its DVC experiment, the same in whatever study it is
 
 
@@ -149,7 +152,7 @@ def cells_of(study: Study, mini: bool = False, path: Path = PARAMS) -> list[Cell
     if any("train.seed" in settings for settings in (shared, *variants.values())):
         raise UserError(f"{path}: train.seed is set by the study's seeds; leave it out elsewhere")
     name = (study.mini.recipe if mini else "") or study.recipe
-    code = {path: _digest(Path(path)) for stage in STAGES for path in code_of(stage)}
+    code = code_of_cells()
     cells = [
         _cell(name, variant, seed, {**shared, **settings, "train.seed": seed}, path, code)
         for seed in seeds
@@ -178,23 +181,40 @@ def _cell(
     path: Path,
     code: Mapping[str, str],
 ) -> Cell:
-    """A cell, named by a digest of what determines its figures: settings and code.
-
-    The code is what dvc.yaml lists, as in `stages.train.run_digest`. Data follow from them.
-    """
     own = {key: value for key, value in settings.items() if key != "recipe"}
     changed = load_recipe(str(settings.get("recipe", recipe)), path, own)
-    facts: dict[str, object] = {"recipe": changed.name, "code": code}
-    for section in ("data", "model", "train", "evaluate"):
-        facts[section] = getattr(changed, section).to_dict()
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    overrides = Overrides(sample=False, register=False)
     return Cell(
         variant=variant,
         seed=seed,
         recipe=changed,
         settings=own,
-        experiment=f"{changed.name}-seed{seed}-{digest}",
+        overrides=overrides,
+        experiment=experiment_name(changed, overrides, code),
     )
+
+
+def experiment_name(recipe: Recipe, overrides: Overrides, code: Mapping[str, str]) -> str:
+    """The name of a cell's experiment: a digest of what determines its figures.
+
+    Args:
+        recipe: with the cell's settings, from which the data follow.
+        overrides: of its run, which has its stages.
+        code: `code_of_cells()`.
+    """
+    facts: dict[str, object] = {"recipe": recipe.name, "code": code}
+    for section in ("data", "model", "train", "evaluate"):
+        facts[section] = getattr(recipe, section).to_dict()
+    further = {*overrides.stages} - {*STAGES}
+    if further:
+        facts["stages"] = sorted(further)
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{recipe.name}-seed{recipe.train.seed}-{digest}"
+
+
+def code_of_cells() -> dict[str, str]:
+    """A digest of each file that dvc.yaml lists for a cell's stages, as `train.run_digest` has."""
+    return {path: _digest(Path(path)) for stage in STAGES for path in code_of(stage)}
 
 
 def _digest(path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -16,7 +15,6 @@ from pipeline.dvc import cache_folder
 from pipeline.flows import experiment
 from pipeline.params import Places
 from pipeline.registry.versions import read_per_image
-from pipeline.report.charts import Chart, Line
 from pipeline.shards import Manifest
 from pipeline.studies.cells import run_cells
 from pipeline.studies.declaration import (
@@ -27,15 +25,15 @@ from pipeline.studies.declaration import (
     results_name,
     variants_of,
 )
+from pipeline.studies.shown import SHOWN, draw_reconstructions
 from pipeline.studies.statistics import difference, overall
 from pipeline.system.machine import processor
 from vdvae.config import UserError
 from vdvae.files import atomic_write, atomic_write_json, read_json
 
 SPLITS = ("validation", "test")
-_LARGE = ("scores", "rates", "curves", "conditions")  # of a cell, not in the table
-
-Rows = dict[str, list[dict[str, Any]]]  # by variant, in the order of the seeds
+# Of a cell, not in the table.
+_LARGE = ("recipe", "revision", "manifest", "scores", "rates", "curves", "conditions")
 
 
 def run_study(name: str, mini: bool, jobs: int, tell: Callable[[str], None]) -> Path:
@@ -60,6 +58,8 @@ def run_study(name: str, mini: bool, jobs: int, tell: Callable[[str], None]) -> 
     rows = [read_cell(cell, cache, places) for cell in cells]
     folder = places.results_root / "studies" / results_name(name, mini)
     write_study(study, name, mini, rows, folder)
+    if study.shows == "resolutions":
+        draw_reconstructions(folder / "reconstructions.png", rows[0], places)
     runs: dict[str, str] = {}  # of MLflow; equal variants share one
     for row in rows:
         if run_id := row["mlflow_run_id"]:
@@ -76,7 +76,7 @@ def read_cell(cell: Cell, cache: Path, places: Places) -> dict[str, Any]:
     Raises:
         UserError: it has no experiment, or the cache lacks one of its files.
     """
-    revision = experiment.find_any(cell.experiment)
+    revision = experiment.find(cell.experiment)
     if revision is None:
         raise UserError(
             f"experiment {cell.experiment}: is not there; run the same command again, and commit "
@@ -97,9 +97,12 @@ def read_cell(cell: Cell, cache: Path, places: Places) -> dict[str, Any]:
             f"'dvc exp remove {cell.experiment}', then run the same command again"
         )
     listed = str(places.manifest(cell.recipe.name))
-    manifest = Manifest.load(experiment.cached(revision, listed, cache))
+    manifest = experiment.cached(revision, listed, cache)
     run = tracking.find_run(places, files["run.json"])
     return {
+        "recipe": cell.recipe,
+        "revision": revision,
+        "manifest": manifest,
         "variant": cell.variant,
         "seed": cell.seed,
         "experiment": cell.experiment,
@@ -107,7 +110,7 @@ def read_cell(cell: Cell, cache: Path, places: Places) -> dict[str, Any]:
         "steps": steps,
         "skipped": int(curves[-1].get("train/skipped", 0)),
         "minutes": round(_training_seconds(train.batch_size, curves) / 60, 1),
-        "conditions": {**conditions, "data": _data(manifest)},
+        "conditions": {**conditions, "data": _data(Manifest.load(manifest))},
         **{split: metrics[split] for split in SPLITS},
         "scores": read_per_image(files["per_image.csv"], "test"),
         "rates": read_json(files["rates.json"], "evaluate again")["test"],
@@ -128,6 +131,7 @@ def write_study(
         variant: [row for row in rows if row["variant"] == variant]
         for variant in variants_of(study)
     }
+    shown = SHOWN[study.shows]
     comparisons = []
     for pair in study.compare:
         better, worse = ([row["scores"] for row in of_variant[variant]] for variant in pair)
@@ -143,10 +147,13 @@ def write_study(
         "verdict": overall([found["verdict"] for found in comparisons]) if comparisons else None,
         "level": study.level,
         "comparisons": comparisons,
-        "variants": {variant: _spread(of_variant[variant]) for variant in of_variant},
+        "variants": {
+            variant: _spread(of_variant[variant]) | {"shown": shown.columns(of_variant[variant])}
+            for variant in of_variant
+        },
         "cells": [{key: row[key] for key in row if key not in _LARGE} for row in rows],
     }
-    chart = _CHARTS[study.shows](name, of_variant)
+    chart = shown.chart(name, of_variant)
     atomic_write(folder / "table.md", markdown(table))
     atomic_write(folder / "figure.svg", chart.standalone())
     atomic_write(folder / "figure.png", chart.png())
@@ -207,12 +214,14 @@ def _spread(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def markdown(table: dict[str, Any]) -> str:
     """The table for people: every variant, every comparison, the verdict."""
     short = " (the short version)" if table["mini"] else ""
+    heads = ["variant", "seeds", "validation", "test", "skipped updates", "minutes a cell"]
+    heads += next(iter(table["variants"].values()))["shown"]
     lines = [
         f"# {table['study']}{short}", "", f"Claim: {table['claim']}", "",
         f"The paper: {table['paper']}", "",
         f"Recipe {table['recipe']}. Bits/dim on test, mean ± standard deviation over seeds:", "",
-        "| variant | seeds | validation | test | skipped updates | minutes a cell |",
-        "|---|---|---|---|---|---|",
+        f"| {' | '.join(heads)} |",
+        f"|{len(heads) * '---|'}",
     ]  # fmt: skip
     for variant, figures in table["variants"].items():
         cells = [cell for cell in table["cells"] if cell["variant"] == variant]
@@ -220,6 +229,7 @@ def markdown(table: dict[str, Any]) -> str:
         minutes = statistics.mean(cell["minutes"] for cell in cells)
         shown = [_plus_minus(figures[split]["mean"], figures[split]["stdev"]) for split in SPLITS]
         row = [variant, figures["seeds"], *shown, skipped, f"{minutes:.1f}"]
+        row += [f"{statistics.fmean(by_seed):.3g}" for by_seed in figures["shown"].values()]
         lines.append(f"| {' | '.join(map(str, row))} |")
     if table["comparisons"]:
         percent = f"{100 * table['level']:g}%"
@@ -241,54 +251,3 @@ def markdown(table: dict[str, Any]) -> str:
 
 def _plus_minus(mean: float, spread: float | None) -> str:
     return f"{mean:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")
-
-
-def _bits_chart(name: str, of_variant: Rows) -> Chart:
-    """Each seed's bits/dim by variant; the bars are standard errors over images."""
-    seeds = [row["seed"] for row in next(iter(of_variant.values()))]
-    lines = []
-    for place, seed in enumerate(seeds):
-        figures = [rows[place]["test"] for rows in of_variant.values()]
-        lines.append(
-            Line(
-                name=f"seed {seed}",
-                points=[(x, figure["bits_per_dim"]) for x, figure in enumerate(figures)],
-                errors=[figure["bits_per_dim_se"] for figure in figures],
-            )
-        )
-    return Chart(
-        title=name, y_label="bits/dim on test", x_label="", lines=lines, x_ticks=[*of_variant],
-        legend=True,
-    )  # fmt: skip
-
-
-def _rates_chart(name: str, of_variant: Rows) -> Chart:
-    """The cumulative rate by layer, mean over seeds."""
-    lines = []
-    for variant, rows in of_variant.items():
-        layers = [row["rates"]["rate_bits_per_dim_by_layer"] for row in rows]
-        means = [
-            statistics.mean(layer["rate_bits_per_dim"] for layer in of_seeds)
-            for of_seeds in zip(*layers, strict=True)
-        ]
-        lines.append(Line(name=variant, points=[*enumerate([0.0, *itertools.accumulate(means)])]))
-    return Chart(
-        title=name, y_label="cumulative rate, bits/dim on test",
-        x_label="stochastic layers from the top", lines=lines, legend=True,
-    )  # fmt: skip
-
-
-def _gradients_chart(name: str, of_variant: Rows) -> Chart:
-    """The greatest gradient norm of each interval, of the first seed."""
-    lines = [
-        Line(
-            name=variant,
-            points=[(p["step"], p["train/gradient_norm"]) for p in rows[0]["curves"]],
-            thin=max,
-        )
-        for variant, rows in of_variant.items()
-    ]
-    return Chart(title=name, y_label="gradient norm, log scale", log=True, lines=lines, legend=True)
-
-
-_CHARTS = {"bits": _bits_chart, "rates": _rates_chart, "gradients": _gradients_chart}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import statistics
 import sys
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Project, narrow
-
-VDVAE = (sys.executable, "-c", "from pipeline.cli.main import main; main()")
+from test_studies import VDVAE
+from test_study_kills import wait_for_training
 
 
 @pytest.mark.integration
@@ -23,19 +22,14 @@ def test_seeds_killed_in_between_go_on_and_are_read_from_their_experiments(tmp_p
     project.run("git", "commit", "-qam", "narrow")
     words = ("seeds", "digits", "--seeds", "0,1", "--steps", "150", "--no-sample", "--no-register")
     child = project.start(*VDVAE, *words)
-    assert child.stdout is not None
-    first_is_done = False
-    for line in child.stdout:  # until the second seed trains
-        if first_is_done and re.search(r"step \d+/", line):
-            break
-        first_is_done = first_is_done or "step 150/150" in line
+    wait_for_training(project, 2)  # one after the other: the first seed's run is done
     os.kill(child.pid, signal.SIGKILL)
-    child.wait()
+    child.communicate()
     result = project.folder / "results/digits/seeds.json"
     assert not result.exists()
 
     said = project.run(*VDVAE, *words)
-    assert said.count("step 150/150") == 1  # the first seed's experiment is there
+    assert "seed 1 (1 of 1): begins" in said  # the first seed's experiment is there
     first = result.read_bytes()
     found = json.loads(first)
     assert [row["seed"] for row in found["seeds"]] == [0, 1]
@@ -54,5 +48,5 @@ def test_seeds_killed_in_between_go_on_and_are_read_from_their_experiments(tmp_p
     assert project.run("git", "status", "--porcelain") == ""
 
     again = project.run(*VDVAE, *words)
-    assert "step " not in again
+    assert "begins" not in again
     assert result.read_bytes() == first
