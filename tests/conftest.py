@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 # Before torch is imported: threads that share two cores with servers spin, for minutes in all.
+# Every process of a test inherits it: equal bits need an equal number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
@@ -91,7 +92,6 @@ class Project:
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(_SETTINGS)},
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
             "SHELL": "/bin/sh",  # DVC's; a dash stays between DVC and a stage that does not exec
             "GIT_CONFIG_GLOBAL": os.devnull,
             "GIT_AUTHOR_NAME": "t",

@@ -79,7 +79,7 @@ def empty_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def project(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_project: Path, empty_store: Path
 ) -> Places:
-    """A project without data, in the current folder."""
+    """A project without data, in the current folder; other tests of this machine are none of it."""
     shutil.copytree(empty_project, tmp_path / "project", symlinks=True)
     monkeypatch.chdir(tmp_path / "project")
     for setting in ("VDVAE_STORE", "VDVAE_RUNS", "MLFLOW_TRACKING_URI"):
@@ -89,6 +89,10 @@ def project(
     shutil.copy(empty_store, "mlruns/mlflow.db")
     assert space.cache_folder() == Path(".dvc/cache").resolve()
     monkeypatch.setattr(space, "cache_folder", Path(".dvc/cache").resolve)  # DVC takes a second
+    found = space._workplaces
+    monkeypatch.setattr(
+        space, "_workplaces", lambda: {f for f in found() if f.is_relative_to(tmp_path)}
+    )
     return Places.from_env()
 
 

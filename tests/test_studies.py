@@ -233,3 +233,5 @@ def test_a_study_runs_compares_and_judges_once(tmp_path: Path) -> None:
     assert [cell["seed"] for cell in whole["cells"]] == [0, 0, 1, 1]
     assert whole["cells"][:2] == table["cells"]
     assert "up to date" in project.run(sys.executable, *repro)
+    shown = project.run(sys.executable, "-m", "dvc", "plots", "show", "--json")
+    assert "results/studies/wide/figure.png" in shown
