@@ -104,13 +104,14 @@ def test_a_grid_and_a_list_make_cells_seed_by_seed(params: Any) -> None:
     assert (last.model.width, last.model.mixtures, last.train.seed, last.train.steps) == (
         16, 3, 1, 4,
     )  # fmt: skip
-    named = {"thin": {"model.width": 8}, "wide": {"model.width": 16}}
+    named = {"thin": {"model.width": 8}, "wide": {"model.width": 16, "train.steps": 9}}
     mini = {"seeds": [0], "set": {"train.steps": 2}}
     path = params(vary=None, variants=named, compare=[["wide", "thin"]], mini=mini)
     study = load_study("wide", path)
     assert [cell.recipe.model.width for cell in cells_of(study, path=path)] == [8, 16, 8, 16]
-    [short, _] = cells_of(study, mini=True, path=path)
-    assert (short.seed, short.recipe.train.steps) == (0, 2)
+    assert [cell.recipe.train.steps for cell in cells_of(study, path=path)] == [4, 9, 4, 9]
+    short = cells_of(study, mini=True, path=path)
+    assert [(cell.seed, cell.recipe.train.steps) for cell in short] == [(0, 2), (0, 2)]
     assert variants_of(study) == named
 
 

@@ -148,13 +148,15 @@ def cells_of(study: Study, mini: bool = False, path: Path = PARAMS) -> list[Cell
         raise UserError(
             f"{path}: a study has {len(seeds) * len(variants)} cells; at most {_MOST_CELLS} are run"
         )
-    shared = {**study.set, **(study.mini.set if mini else {})}
-    if any("train.seed" in settings for settings in (shared, *variants.values())):
+    instead = study.mini.set if mini else {}  # of a variant's own settings, too
+    if any("train.seed" in given for given in (study.set, instead, *variants.values())):
         raise UserError(f"{path}: train.seed is set by the study's seeds; leave it out elsewhere")
     name = (study.mini.recipe if mini else "") or study.recipe
     code = code_of_cells()
     cells = [
-        _cell(name, variant, seed, {**shared, **settings, "train.seed": seed}, path, code)
+        _cell(
+            name, variant, seed, study.set | settings | instead | {"train.seed": seed}, path, code
+        )
         for seed in seeds
         for variant, settings in variants.items()
     ]
