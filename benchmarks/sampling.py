@@ -28,20 +28,20 @@ from vdvae.model import VDVAE
 from vdvae.models import build
 from vdvae.precision import arithmetic, exact_float32
 
-ROUNDS = 5
+ROUNDS = 3
 # As many parameters as the paper gives PixelCNN++ in Table 2.
 _PUBLISHED = PixelCNNConfig(
     kind="pixelcnn", image_size=32, image_channels=3, num_levels=256, width=250, layers=30,
     mixtures=10,
 )  # fmt: skip
-_MOST_PIXELS = 64  # of one plain round
+_PLAIN_PIXELS = 64  # of one round of plain sampling, at most
 
 
 def pairs(only: str) -> dict[str, tuple[AnyModelConfig, AnyModelConfig, int]]:
     """VAE, autoregressive model and images at once, by name."""
     known = {
         "digits": (load_recipe("digits").model, load_recipe("digits-pixelcnn").model, 64),
-        "published": (load_recipe("cifar10").model, _PUBLISHED, 4),
+        "published": (load_recipe("cifar10").model, _PUBLISHED, 1),
     }
     return {name: known[name] for name in only.split(",")}
 
@@ -61,7 +61,7 @@ def main() -> None:
         vae, pixelcnn = (build(config).to(device).eval() for config in (of_vae, of_pixels))
         assert isinstance(vae, VDVAE) and isinstance(pixelcnn, PixelCNN)
         size, pixels = of_pixels.image_size, of_pixels.image_size**2
-        rows = -(-min(pixels, _MOST_PIXELS) // size)
+        rows = -(-min(pixels, _PLAIN_PIXELS) // size)
         x_BCHW = torch.zeros(
             batch, of_pixels.image_channels, size, size, dtype=torch.uint8, device=device
         )

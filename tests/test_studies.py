@@ -177,7 +177,8 @@ def test_a_declaration_that_does_not_do_is_one_sentence(
 def test_a_study_runs_compares_and_judges_once(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     project.set(narrow)
-    project.set(lambda params: params.update(studies={"wide": STUDY}, active_studies=["wide"]))
+    study = {**STUDY, "shows": "resolutions"}
+    project.set(lambda params: params.update(studies={"wide": study}, active_studies=["wide"]))
     words = ("study", "wide", "--mini", "--jobs", "2")
     refused = project.run(*VDVAE, *words, code=2)
     assert "params.yaml: differs from the commit" in refused
@@ -206,7 +207,9 @@ def test_a_study_runs_compares_and_judges_once(tmp_path: Path) -> None:
     assert (folder / "table.md").read_text() in printed
     assert "| width=16 | 1 |" in printed
     assert (folder / "figure.svg").read_text().startswith("<svg xmlns=")
-    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "share of rate at 8x8" in printed
+    for picture in ("figure.png", "reconstructions.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "conditions.json").read_text())["split"] == "test"
     assert "results/studies" in project.run("git", "status", "--porcelain", "-uall")
 
