@@ -15,12 +15,13 @@ from xml.etree import ElementTree
 
 import pytest
 from chromium import chromium
-from conftest import Project, narrow
+from conftest import ROOT, Project, narrow
 from playwright.sync_api import Browser
 
 from pipeline import tracking
 from pipeline.cli.main import main
 from pipeline.params import Places, load_recipe
+from pipeline.report import page
 from pipeline.report.charts import Chart, Line
 from pipeline.report.page import write_report
 from pipeline.report.table2 import TABLE_2, data_set_of, why_not_comparable
@@ -88,6 +89,15 @@ def write(path: str, change: Callable[[Any], object]) -> None:
     value = read(path)
     change(value)
     Path(path).write_text(json.dumps(value))
+
+
+def test_settings_are_those_that_the_results_were_made_with(report: Report, folder: Path) -> None:
+    """dvc.lock's, which has whole sections and single settings of a stage."""
+    assert page._settings(load_recipe("digits"))["model.width"] == 12
+    shutil.copy(ROOT / "dvc.lock", folder)
+    settings = page._settings(load_recipe("digits"))
+    assert [settings[k] for k in ("model.width", "train.steps", "evaluate.seed")] == [24, 2800, 0]
+    report("--no-model")
 
 
 def test_the_page_says_what_the_files_say(report: Report, folder: Path) -> None:

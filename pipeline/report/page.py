@@ -297,9 +297,12 @@ def _settings(recipe: Recipe) -> Facts:
     settings: Facts = recipe.flat()
     try:
         for entry in lock_entries(recipe.name).values():
-            for key, values in entry.get("params", {}).get("params.yaml", {}).items():
-                section = key.rpartition(".")[2]
-                settings |= {f"{section}.{name}": values[name] for name in values}
+            for key, value in entry.get("params", {}).get("params.yaml", {}).items():
+                where = key.removeprefix(f"recipes.{recipe.name}.")
+                if isinstance(value, dict):  # a section; else one setting
+                    settings |= {f"{where}.{name}": value[name] for name in value}
+                else:
+                    settings[where] = value
     except (TypeError, LookupError, AttributeError):
         raise damaged(LOCK) from None
     return settings
