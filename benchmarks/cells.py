@@ -17,12 +17,12 @@ import sys
 import time
 
 import torch
-from measure import WARM, machine
+from measure import WARM, Measure, machine
 from rows import keep
 
 from pipeline.params import load_recipe
+from vdvae.config import ModelConfig
 from vdvae.precision import exact_float32
-from vdvae.training import start, update
 
 ROUNDS = 3
 
@@ -31,16 +31,9 @@ def train(recipe: str, steps: int) -> None:
     """Says when it is ready, waits for a line, and prints the seconds of the steps."""
     exact_float32()
     loaded = load_recipe(recipe)
-    state = start(loaded.model, loaded.train, torch.device("cpu"))
-    size, channels = loaded.model.image_size, loaded.model.image_channels
-    generator = torch.Generator().manual_seed(0)
-    shape = (loaded.train.batch_size, channels, size, size)
-    x_BCHW = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    noise_BN = torch.randn(len(x_BCHW), loaded.model.num_latents, generator=generator)
-
-    def step() -> None:
-        update(state, loaded.train, x_BCHW, noise_BN)
-
+    if not isinstance(loaded.model, ModelConfig):
+        raise SystemExit(f"{recipe} is no VDVAE, which is what is timed here")
+    step = Measure(loaded.model, loaded.train, torch.device("cpu"), steps).work("step", "ours")
     for _ in range(WARM):
         step()
     print("ready", flush=True)
