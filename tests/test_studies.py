@@ -208,6 +208,8 @@ def test_a_study_runs_compares_and_judges_once(tmp_path: Path) -> None:
     assert "| width=16 | 1 |" in printed
     assert (folder / "figure.svg").read_text().startswith("<svg xmlns=")
     assert "share of rate at 8x8" in printed
+    shares = table["variants"]["width=8"]["shown"]  # of a layer each at 1x1, 4x4 and 8x8
+    assert shares["share of latents at 8x8"] == [64 / 81]
     for picture in ("figure.png", "reconstructions.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "conditions.json").read_text())["split"] == "test"

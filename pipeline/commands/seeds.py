@@ -6,7 +6,6 @@ Each seed is a cell, run as those of a study are, with the stages of `vdvae run`
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from pipeline.params import PARAMS, Places, load_recipe
 from pipeline.studies.cells import run_cells
 from pipeline.studies.declaration import Cell, code_of_cells, experiment_name
 from pipeline.studies.results import SPLITS, read_cell
+from pipeline.studies.statistics import spread
 from vdvae.config import UserError
 from vdvae.files import atomic_write_json
 
@@ -80,7 +80,10 @@ def run_seeds(
         "settings": settings,
         "manifest_digest": rows[0]["manifest_digest"],
         "seeds": rows,
-        **{split: _spread([row[split] for row in rows]) for split in SPLITS},
+        **{
+            split: {"n": len(rows)} | {f: spread([row[split][f] for row in rows]) for f in FIGURES}
+            for split in SPLITS
+        },
     }
     path = places.results(recipe) / "seeds.json"
     atomic_write_json(path, result)
@@ -123,15 +126,6 @@ def _row(cell: Cell, found: dict[str, Any]) -> dict[str, Any]:
         "evaluation_precision": conditions["precision"],
         **{split: found[split] for split in SPLITS},
     }
-
-
-def _spread(figures: list[dict[str, float]]) -> dict[str, Any]:
-    """Mean and sample standard deviation over seeds of each figure, in bits/dim."""
-    spread: dict[str, Any] = {"n": len(figures)}
-    for key in FIGURES:
-        values = [figure[key] for figure in figures]
-        spread[key] = {"mean": statistics.mean(values), "stdev": statistics.stdev(values)}
-    return spread
 
 
 def _show(result: dict[str, Any]) -> None:

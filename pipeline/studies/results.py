@@ -25,8 +25,8 @@ from pipeline.studies.declaration import (
     results_name,
     variants_of,
 )
-from pipeline.studies.shown import SHOWN, draw_reconstructions
-from pipeline.studies.statistics import difference, overall
+from pipeline.studies.shown import SHOWN
+from pipeline.studies.statistics import difference, overall, spread
 from pipeline.system.machine import processor
 from vdvae.config import UserError
 from vdvae.files import atomic_write, atomic_write_json, read_json
@@ -56,10 +56,7 @@ def run_study(name: str, mini: bool, jobs: int, tell: Callable[[str], None]) -> 
     run_cells(cells, jobs, f"study {name}", tell)
     places, cache = Places.from_env(), cache_folder()
     rows = [read_cell(cell, cache, places) for cell in cells]
-    folder = places.results_root / "studies" / results_name(name, mini)
-    write_study(study, name, mini, rows, folder)
-    if study.shows == "resolutions":
-        draw_reconstructions(folder / "reconstructions.png", rows[0], places)
+    folder = write_study(study, name, mini, rows, places)
     runs: dict[str, str] = {}  # of MLflow; equal variants share one
     for row in rows:
         if run_id := row["mlflow_run_id"]:
@@ -119,13 +116,15 @@ def read_cell(cell: Cell, cache: Path, places: Places) -> dict[str, Any]:
 
 
 def write_study(
-    study: Study, name: str, mini: bool, rows: Sequence[dict[str, Any]], folder: Path
-) -> None:
-    """Compares, judges, and writes the study's files; table.json comes last.
+    study: Study, name: str, mini: bool, rows: Sequence[dict[str, Any]], places: Places
+) -> Path:
+    """Compares, judges, and writes the study's files, table.json last; returns their folder.
 
     Raises:
-        UserError: the cells were not measured on the same data in the same way.
+        UserError: the cells were not measured on the same data in the same way, or what a picture
+            is drawn from is not there.
     """
+    folder = places.results_root / "studies" / results_name(name, mini)
     conditions = _shared([row["conditions"] for row in rows])
     of_variant = {
         variant: [row for row in rows if row["variant"] == variant]
@@ -148,8 +147,12 @@ def write_study(
         "level": study.level,
         "comparisons": comparisons,
         "variants": {
-            variant: _spread(of_variant[variant]) | {"shown": shown.columns(of_variant[variant])}
-            for variant in of_variant
+            variant: {
+                "seeds": len(of_seeds),
+                **{s: spread([row[s]["bits_per_dim"] for row in of_seeds]) for s in SPLITS},
+                "shown": shown.columns(of_seeds),
+            }
+            for variant, of_seeds in of_variant.items()
         },
         "cells": [{key: row[key] for key in row if key not in _LARGE} for row in rows],
     }
@@ -157,8 +160,10 @@ def write_study(
     atomic_write(folder / "table.md", markdown(table))
     atomic_write(folder / "figure.svg", chart.standalone())
     atomic_write(folder / "figure.png", chart.png())
+    shown.draw(folder, of_variant, places)
     atomic_write_json(folder / "conditions.json", conditions)
     atomic_write_json(folder / "table.json", table)
+    return folder
 
 
 def _shared(conditions: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -201,16 +206,6 @@ def _data(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _spread(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean over seeds and sample standard deviation (None for one seed), in bits/dim."""
-    figures: dict[str, Any] = {"seeds": len(rows)}
-    for split in SPLITS:
-        bits = [row[split]["bits_per_dim"] for row in rows]
-        spread = statistics.stdev(bits) if len(bits) > 1 else None
-        figures[split] = {"mean": statistics.mean(bits), "stdev": spread}
-    return figures
-
-
 def markdown(table: dict[str, Any]) -> str:
     """The table for people: every variant, every comparison, the verdict."""
     short = " (the short version)" if table["mini"] else ""
@@ -249,5 +244,5 @@ def markdown(table: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _plus_minus(mean: float, spread: float | None) -> str:
-    return f"{mean:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")
+def _plus_minus(mean: float, stdev: float | None) -> str:
+    return f"{mean:.4f}" + (f" ± {stdev:.4f}" if stdev is not None else "")

@@ -36,6 +36,8 @@ class Shown:
 
     chart: Callable[[str, dict[str, Rows]], Chart]  # of the study's name and the variants' rows
     columns: Callable[[Rows], Columns] = lambda _: {}
+    # Writes further pictures into the folder of the results.
+    draw: Callable[[Path, dict[str, Rows], Places], None] = lambda *_: None
 
 
 def _bits(name: str, of_variant: dict[str, Rows]) -> Chart:
@@ -157,34 +159,26 @@ def _features_at_start(recipe: Recipe) -> float:
     return float(seen[0].square().mean().sqrt())
 
 
-SHOWN = {
-    "bits": Shown(_bits),
-    "rates": Shown(_cumulative_rates, _dead_layers),
-    "resolutions": Shown(_resolutions, _share_columns),
-    "gradients": Shown(_gradients, _gradient_columns),
-}
-
-
-def draw_reconstructions(path: Path, row: dict[str, Any], places: Places) -> None:
-    """Writes images from the latents up to each resolution (Fig. 4) of a cell's model, as a PNG.
-
-    Args:
-        path: of the PNG.
-        row: of the cell.
-        places: where its shards are.
-
-    Raises:
-        UserError: the cell's model or shards are not there.
-    """
+def _draw_reconstructions(folder: Path, of_variant: dict[str, Rows], places: Places) -> None:
+    """Images from the latents up to each resolution (Fig. 4), of the first variant's first seed."""
     import vdvae
     from pipeline.pictures import draw_ladder, save_grid
 
+    row = next(iter(of_variant.values()))[0]
     recipe: Recipe = row["recipe"]
     manifest = Manifest.load(row["manifest"])
-    with tempfile.TemporaryDirectory() as folder:
-        model = f"{folder}/model"
+    with tempfile.TemporaryDirectory() as scratch:
+        model = f"{scratch}/model"
         dvc("get", ".", str(places.model(recipe.name)), "--rev", row["revision"], "-o", model)
         reader = ShardReader(manifest, open_store(places.store_url), "validation")
         _, originals = next(reader.scan(_IMAGES))
         images, columns = draw_ladder(vdvae.load(Path(model)), originals, recipe.sample.seed)
-    save_grid(path, images, columns)
+    save_grid(folder / "reconstructions.png", images, columns)
+
+
+SHOWN = {
+    "bits": Shown(_bits),
+    "rates": Shown(_cumulative_rates, _dead_layers),
+    "resolutions": Shown(_resolutions, _share_columns, _draw_reconstructions),
+    "gradients": Shown(_gradients, _gradient_columns),
+}

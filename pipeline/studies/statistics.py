@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -88,6 +89,14 @@ def overall(verdicts: Sequence[Verdict]) -> Verdict:
     if "not supported" in verdicts:
         return "not supported"
     return "supported" if verdicts and set(verdicts) == {"supported"} else "undecided"
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean over seeds and sample standard deviation, which is None for one seed."""
+    return {
+        "mean": statistics.mean(values),
+        "stdev": statistics.stdev(values) if len(values) > 1 else None,
+    }
 
 
 def _table(scores: Sequence[Mapping[str, float]], keys: Sequence[str]) -> NDArray[np.float64]:
