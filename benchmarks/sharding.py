@@ -1,9 +1,11 @@
-"""Times the stage `shard` on made PNG files and keeps the rows: rate and peak memory.
+"""Times the stage `shard` on made image files and keeps the rows: rate and peak memory.
 
     python benchmarks/sharding.py --images 200000 --size 32 --workers 1 2
+    python benchmarks/sharding.py --images 1000 --size 256 --files jpeg
 
-32 and 64 go through the source `imagenet` (tars of PNGs), others through `folder`, which decodes
-each image twice. The images are smooth noise, whose PNGs are as large as photographs'. Every
+32 and 64 go through the source `imagenet` (tars of PNGs), others through `folder`. The images are
+smooth noise, whose PNGs are as large as photographs'. PNGs compressed in haste (`png-fast`) and
+JPEGs are encoded anew, others (`png`, as most programs write them) are handed through. Every
 measurement is in a Python of its own; the raw files are made once, before any of them.
 """
 
@@ -20,6 +22,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,32 +34,37 @@ from pipeline.shards.jobs import open_workers
 from pipeline.sources import open_source
 from pipeline.storage import FileStore
 
+FILES: dict[str, dict[str, Any]] = {
+    "png": {"format": "PNG"},
+    "png-fast": {"format": "PNG", "compress_level": 1},
+    "jpeg": {"format": "JPEG", "quality": 95},
+}
 TEST_SHARE = 25  # one of so many images is in the test tar
 FULL = 1_281_149 + 49_999  # the paper's ImageNet-32
 
 
-def make(folder: Path, images: int, size: int) -> DataConfig:
+def make(folder: Path, images: int, size: int, files: str) -> DataConfig:
     """Raw data in `folder`, and the settings that read them."""
     random = np.random.RandomState(0)
     noise = Image.fromarray(random.randint(0, 256, (2048, 2048, 3)).astype(np.uint8))
     smooth = np.asarray(noise.resize((512, 512), Image.Resampling.BOX).resize((4096, 4096)))
 
-    def png() -> bytes:
+    def image() -> bytes:
         top, left = random.randint(0, 4096 - size, 2)
         grain = random.randint(0, 8, (size, size, 3)).astype(np.uint8)
         out = io.BytesIO()
         picture = Image.fromarray((smooth[top : top + size, left : left + size] & 0xF8) | grain)
-        picture.save(out, "PNG", compress_level=1)
+        picture.save(out, **FILES[files])
         return out.getvalue()
 
     if size not in (32, 64):
         for number in range(images):
-            (folder / f"{number:07d}.png").write_bytes(png())
+            (folder / f"{number:07d}.{files.partition('-')[0]}").write_bytes(image())
         return DataConfig(source="folder", path=str(folder), image_size=size)
     for part, count in (("train", images - images // TEST_SHARE), ("valid", images // TEST_SHARE)):
         with tarfile.open(folder / f"{part}_{size}x{size}.tar", "w") as tar:
             for number in range(count):
-                data = png()
+                data = image()
                 member = tarfile.TarInfo(f"{part}/{number:07d}.png")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -115,10 +123,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, required=True)
     parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--files", choices=FILES, default="png")
     parser.add_argument("--workers", nargs="+", default=["1", "2"])
     words = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data = make(Path(folder), words.images, words.size)
+        data = make(Path(folder), words.images, words.size, words.files)
         for workers in words.workers:
             code = "import json, sys; from sharding import *; "
             code += "print(json.dumps(measure(DataConfig(**json.loads(sys.argv[1])))))"
@@ -141,6 +150,7 @@ def main() -> None:
                 images=words.images,
                 size=words.size,
                 source=data.source,
+                files=words.files,
                 workers=workers,
                 images_per_second=round(rate),
                 minutes_for_imagenet32=round(FULL / rate / 60, 1) if words.size == 32 else "",

@@ -23,6 +23,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from s3_server import s3_server
 from tar_members import extended, member
 
@@ -33,7 +34,7 @@ from pipeline.shards.duplicates import find_duplicates
 from pipeline.shards.jobs import Workers, open_workers
 from pipeline.sources import open_source
 from pipeline.sources.decode import OddImage
-from pipeline.sources.source import Item, on_levels
+from pipeline.sources.source import Item, Loaded, on_levels
 from pipeline.stages import main
 from pipeline.stages.shard import shard
 from pipeline.storage import FileStore, S3Store, Store
@@ -50,7 +51,7 @@ class Made:
     def __init__(self, data: DataConfig, cuts: dict[str, int] = CUTS) -> None:
         self.data, self.cuts, self.notes = data, cuts, {"made": sum(cuts.values())}
 
-    def items(self, run=map):
+    def items(self):
         counts = itertools.count()
         for number, split in itertools.product(range(max(self.cuts.values())), self.cuts):
             if number < self.cuts[split]:
@@ -60,7 +61,7 @@ class Made:
         shape = (self.data.image_size, self.data.image_size, self.data.channels)
         for place in places:
             converted["made"] += 1
-            yield np.random.RandomState(place).randint(0, 256, shape).astype(np.uint8)
+            yield Loaded(np.random.RandomState(place).randint(0, 256, shape).astype(np.uint8))
 
 
 class Counting(FileStore):
@@ -123,9 +124,9 @@ def test_every_image_comes_back_under_its_key(tmp_path, channels, levels):
             for key, x in zip(keys, x_BCHW.numpy(), strict=True)
         ]
         assert len(found) == manifest.splits[split].images == count
-        for (key, x_CHW), item, image_HWC in zip(found, wanted, images, strict=True):
+        for (key, x_CHW), item, image in zip(found, wanted, images, strict=True):
             assert key == item.key
-            stored_HWC = on_levels(image_HWC, levels)
+            stored_HWC = on_levels(image.image_HWC, levels)
             np.testing.assert_array_equal(x_CHW, stored_HWC.transpose(2, 0, 1))
             assert len(np.unique(x_CHW)) <= levels
         if split == "train":
@@ -453,7 +454,7 @@ class Same(Made):
     def load(self, places, converted):
         places = list(places)
         for place, image in zip(places, super().load(places, converted), strict=True):
-            yield image if place % 7 else np.full_like(image, place // 7)
+            yield image if place % 7 else Loaded(np.full_like(image.image_HWC, place // 7))
 
 
 # many workers, stopped and gone on with
@@ -558,7 +559,14 @@ def test_odd_files_are_named_together_and_may_be_left_out(tmp_path, monkeypatch)
     for name in named:
         (tmp_path / "images" / name).unlink()
     alone = write_folder(tmp_path / "2", data, monkeypatch)
-    assert alone.splits == manifest.splits and alone.source.notes == {}
+    assert alone.source.notes == {}
+    stores = FileStore(tmp_path / "2" / "store")
+    for split in CUTS:  # the same images, though in other shards: odd files had a place in theirs
+        one, other = (
+            [(keys, x.numpy().tobytes()) for keys, x in ShardReader(m, stores, split).scan(1)]
+            for m in (alone, manifest)
+        )
+        assert one == other
     assert not path.exists()  # nothing is wrong any more
 
 
@@ -873,3 +881,44 @@ def test_an_s3_server_that_is_killed_in_between_costs_nothing(tmp_path, monkeypa
     assert len(set(puts)) == 17
     assert len(puts) <= 17 + 2
     storage._s3_client.cache_clear()
+
+
+# PNG files that go into the shards as they are
+
+
+def test_only_well_compressed_plain_pngs_are_handed_through(tmp_path, monkeypatch):
+    random = np.random.RandomState(0)
+    pixels = random.randint(0, 9, (40, 8, 8, 3)).cumsum(1).cumsum(2).astype(np.uint8)
+    pictures = [Image.fromarray(image) for image in pixels]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    notes = PngInfo()
+    notes.add_text("Author", "somebody", zip=True)
+    notes.add(b"pHYs", bytes(9))
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"{number:02}.png")
+    plain = {(folder / f"{number:02}.png").read_bytes() for number in range(len(pictures))}
+    pictures[0].save(folder / "00.png", pnginfo=notes)
+    pictures[1].save(folder / "01.png", compress_level=1)
+    pictures[2].convert("RGBA").save(folder / "02.png")
+    pictures[3].save(folder / "03.png", exif=b"Exif\0\0II*\0" + bytes(8))
+    pictures[4].save(folder / "04.bmp")
+    (folder / "04.png").unlink()
+    data = DataConfig(source="folder", path=str(folder), image_size=8, validation=0.2, test=0.2)
+    manifest = write_folder(tmp_path, data, monkeypatch)
+    store = FileStore(tmp_path / "store")
+    stored, found = {}, {}
+    for split, shards in manifest.splits.items():
+        for shard in shards.shards:
+            with tarfile.open(fileobj=io.BytesIO(store.get(shard.key))) as tar:
+                stored |= {m.name[:2]: tar.extractfile(m).read() for m in tar.getmembers()}
+        for keys, x_BCHW in ShardReader(manifest, store, split).scan(9):
+            found |= {key[:2]: x for key, x in zip(keys, x_BCHW.numpy(), strict=True)}
+    anew = {name for name, png in stored.items() if png not in plain}
+    assert len(stored) == len(found) == 40 and anew == {"01", "02", "03", "04"}
+    for number, image_HWC in enumerate(pixels):
+        np.testing.assert_array_equal(found[f"{number:02}"], image_HWC.transpose(2, 0, 1))
+    assert not any(b"tEXt" in png or b"zTXt" in png or b"pHYs" in png for png in stored.values())
+    coarse = write_folder(tmp_path, dataclasses.replace(data, num_levels=32), monkeypatch)
+    [x_BCHW] = [x for _, x in ShardReader(coarse, store, "test").scan(40)]
+    assert len(np.unique(x_BCHW)) <= 32

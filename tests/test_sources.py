@@ -33,7 +33,7 @@ def config(source: str, path: object = "", **changes) -> DataConfig:
     return DataConfig(**{"source": source, "path": str(path), "image_size": 8, **changes})
 
 
-class Loaded(NamedTuple):
+class Found(NamedTuple):
     key: str
     split: str
     image_HWC: np.ndarray
@@ -50,14 +50,15 @@ def sound(found):
 def read(data: DataConfig):
     """Every image of a source, loaded by a pickled copy of it, as in a worker."""
     source = open_source("r", data)
-    items = list(sound(source.items(map)))
+    items = list(sound(source.items()))
     keys = [item.key for item in items]
     assert len(set(keys)) == len(keys)
     far_source, places = pickle.loads(pickle.dumps((source, [item.at for item in items])))
     converted: Counter[str] = Counter()
     loaded = sound(far_source.load(places, converted))
     images = [
-        Loaded(item.key, item.split, image) for item, image in zip(items, loaded, strict=True)
+        Found(item.key, item.split or image.split, image.image_HWC)
+        for item, image in zip(items, loaded, strict=True)
     ]
     return images, source.notes | ({"converted": dict(converted)} if converted else {})
 
@@ -350,7 +351,7 @@ def test_a_relative_path_is_found_from_another_working_directory(tmp_path, monke
     picture().save(tmp_path / "images" / "a.png")
     monkeypatch.chdir(tmp_path)
     source = open_source("r", folder("images"))
-    items = list(source.items(map))
+    items = list(source.items())
     monkeypatch.chdir("/")  # a worker's
     assert len(list(pickle.loads(pickle.dumps(source)).load([items[0].at], Counter()))) == 1
     (tmp_path / "images" / "a.png").write_bytes(b"")
@@ -632,7 +633,7 @@ def test_a_machine_that_cannot_give_a_file_is_no_odd_file(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(png())
     source = open_source("r", folder(tmp_path))
-    (item,) = source.items(map)
+    (item,) = source.items()
     path.unlink()
     with pytest.raises(UserError, match=r"a.png: cannot be read \(No such file") as caught:
         list(source.load([item.at], Counter()))
@@ -826,7 +827,7 @@ def test_an_odd_image_in_a_tar_does_not_hide_those_behind_it(tmp_path):
     tar = b"".join(member(f"{number}.png", data) for number, data in enumerate(files))
     (tmp_path / "train_32x32.tar").write_bytes(tar + bytes(1024))
     source = open_source("r", config("imagenet", tmp_path, image_size=32, validation=2))
-    found = list(source.load([item.at for item in source.items(map)], Counter()))
+    found = list(source.load([item.at for item in source.items()], Counter()))
     assert [one.reason if isinstance(one, OddImage) else "image" for one in found] == [
         "image", "damaged", "no image, or damaged", "another size", "incomplete", "image", "image"
     ]  # fmt: skip

@@ -343,10 +343,11 @@ def _look(name: str, data: DataConfig) -> tuple[int, float, float, bool, str]:
     every = -(-len(files) // _READ_AT_MOST) or 1
     histogram = np.zeros(256, np.int64)
     looked_at, grey = 0, True
-    for image_HWC in source.load(files[::every], Counter()):
-        if isinstance(image_HWC, OddImage):
-            odd.append(image_HWC)
+    for found in source.load(files[::every], Counter()):
+        if isinstance(found, OddImage):
+            odd.append(found)
             continue
+        image_HWC = found.image_HWC
         looked_at += 1
         histogram += np.bincount(image_HWC.ravel(), minlength=256)
         grey = grey and bool((image_HWC == image_HWC[..., :1]).all())

@@ -1,7 +1,8 @@
 """Writes shards: tars of PNG files that any WebDataset reader understands.
 
-A job makes one shard, wherever there is a processor; this process lists the images, hands out the
-jobs in order and sums up what they found. The result does not depend on who made which shard.
+A job makes a shard, or where the pixels decide of the split one of each split, wherever there is a
+processor; this process lists the images, hands out the jobs in order and sums up what they found.
+The result does not depend on who made which shard.
 
 Shapes: H W pixels, C channels.
 """
@@ -19,10 +20,11 @@ import math
 import re
 import shutil
 import tempfile
-from collections import Counter
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +46,7 @@ from pipeline.shards.manifest import (
     shard_name,
 )
 from pipeline.sources.decode import OddImage, OddImages
-from pipeline.sources.source import Item, Source, on_levels
+from pipeline.sources.source import Item, Loaded, Source, on_levels
 from pipeline.storage import Store
 from pipeline.system.process import exclusive_lock
 from vdvae.config import UserError
@@ -52,14 +54,6 @@ from vdvae.files import atomic_write, atomic_write_json, sha256_of
 
 STATES = "shards"  # in VDVAE_RUNS: what sharding that was interrupted goes on from
 _HERE = Path(__file__).parent
-
-
-class Job(NamedTuple):
-    """One shard to be made."""
-
-    split: str
-    number: int
-    items: tuple[Item, ...]
 
 
 def write_shards(
@@ -201,63 +195,57 @@ def _write(
     shape = (data.image_size, data.image_size, data.channels)
     most = min(data.shard_images, max(1, SHARD_BYTES // math.prod(shape)))
 
-    def run(function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-        return (result for result, _ in workers.run(function, jobs, state))
-
     odd: list[OddImage] = []
 
     def images() -> Iterator[Item]:
-        refused = False  # then no more shards are begun, and all other files are still looked at
-        for item in source.items(run):
+        for item in source.items():
             if isinstance(item, OddImage):
                 odd.append(item)
-                refused = data.unreadable == "refuse"
-            elif not refused:
+            else:
                 yield item
-        if refused:
-            refuse_or_skip(recipe, data.unreadable, odd, odd_list)
 
-    jobs = _jobs(recipe, images(), most)
-    make = functools.partial(_make_shard, recipe, data, source, store, encoder())
+    make = functools.partial(_make_shards, recipe, data, source, store, encoder())
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
-    records: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    records: dict[str, list[tuple[Path, int]]] = {split: [] for split in SPLITS}
     hashes = {split: bytearray() for split in SPLITS}
     raw = {split: hashlib.sha256() for split in SPLITS}
     histogram = np.zeros(256, np.int64)  # of train: sums of whole numbers have no order
     converted: Counter[str] = Counter()
     done = 0
 
-    def still_holds(made: dict[str, Any]) -> bool:
-        return not made["images"] or store.size(made["key"]) == made["bytes"]
+    def lost(made: dict[str, Any]) -> list[str]:
+        return [one["key"] for one in made["shards"] if store.size(one["key"]) != one["bytes"]]
 
-    for made, record in workers.run(make, jobs, state, still_holds):
-        if workers.elsewhere and not still_holds(made):
+    for made, record in workers.run(
+        make, _jobs(recipe, images(), most), state, lambda made: not lost(made)
+    ):
+        if workers.elsewhere and (keys := lost(made)):
             raise UserError(
-                f"store {store.root}: has no {made['key']}, which a worker has just stored: its "
+                f"store {store.root}: has no {keys[0]}, which a worker has just stored: its "
                 f"store is another one; set VDVAE_STORE to a folder that all machines share, or to "
                 f"s3://bucket/prefix"
             )
         odd += (OddImage(*one) for one in made["odd"])
-        if not made["images"]:
-            continue
-        split = made["split"]
-        shard = Shard(
-            name=shard_name(recipe, split, len(shards[split])),
-            **{field: made[field] for field in ("key", "bytes", "sha256", "images")},
-        )
-        shards[split].append(shard)
-        records[split].append(record)
-        hashes[split] += bytes.fromhex(made["hashes"])
-        raw[split].update(
-            "\0".join([*made["keys"], ""]).encode() + bytes.fromhex(made["raw_hashes"])
-        )
-        if split == "train":
-            histogram += made["histogram"]
         converted += Counter(made["converted"])
-        done += shard.images
+        for place, one in enumerate(made["shards"]):
+            split = one["split"]
+            shard = Shard(
+                name=shard_name(recipe, split, len(shards[split])),
+                **{field: one[field] for field in ("key", "bytes", "sha256", "images")},
+            )
+            shards[split].append(shard)
+            records[split].append((record, place))
+            hashes[split] += bytes.fromhex(one["hashes"])
+            raw[split].update(
+                "\0".join([*one["keys"], ""]).encode() + bytes.fromhex(one["raw_hashes"])
+            )
+            if split == "train":
+                histogram += one["histogram"]
+            done += shard.images
         on_progress(done)
     left_out = refuse_or_skip(recipe, data.unreadable, odd, odd_list)
-    _check_splits(recipe, {split: len(found) for split, found in shards.items()})
+    images_of = {split: sum(shard.images for shard in found) for split, found in shards.items()}
+    _check_splits(recipe, images_of)
     mean, std = mean_std(histogram)
     notes = {
         **source.notes,
@@ -265,7 +253,7 @@ def _write(
         **({"converted": dict(sorted(converted.items()))} if converted else {}),
     }
     splits = {
-        split: Split(images=sum(shard.images for shard in found), shards=tuple(found))
+        split: Split(images=images_of[split], shards=tuple(found))
         for split, found in shards.items()
     }
 
@@ -277,7 +265,8 @@ def _write(
     def key(split: str, row: int) -> str:
         number = bisect.bisect_right(ends[split], row)
         row -= ends[split][number] - shards[split][number].images
-        return read_record(records[split][number])["keys"][row]
+        record, place = records[split][number]
+        return read_record(record)["shards"][place]["keys"][row]
 
     return Manifest(
         recipe=recipe,
@@ -296,44 +285,90 @@ def _write(
     )
 
 
-def _jobs(recipe: str, items: Iterable[Item], most: int) -> Iterator[Job]:
-    """Shards in the order in which they are full; every one but a split's last has `most` images.
+def _jobs(recipe: str, items: Iterable[Item], most: int) -> Iterator[tuple[Item, ...]]:
+    """Images of one split, `most` at once, in the order in which they are full; then the rests.
+
+    Those whose pixels decide of the split are together until then.
 
     Raises:
-        UserError: a split has no images.
+        UserError: a split has no images, where that is known.
     """
-    waiting: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    waiting: dict[str, list[Item]] = {split: [] for split in ("", *SPLITS)}
     counts: Counter[str] = Counter()
     for item in items:
         assert re.fullmatch(KEY, item.key), item.key
-        if len(waiting[item.split]) == most:
-            yield Job(item.split, counts[item.split] // most - 1, tuple(waiting[item.split]))
-            waiting[item.split] = []
         waiting[item.split].append(item)
+        if len(waiting[item.split]) == most:
+            yield tuple(waiting[item.split])
+            waiting[item.split] = []
         counts[item.split] += 1
-    _check_splits(recipe, counts)
-    for split, rest in waiting.items():
-        yield Job(split, (counts[split] - 1) // most, tuple(rest))
+    if not counts[""]:
+        _check_splits(recipe, counts)
+    yield from (tuple(rest) for rest in waiting.values() if rest)
 
 
-def _check_splits(recipe: str, counts: Mapping[str, int]) -> None:
-    if not all(counts.get(split) for split in SPLITS):
-        found = ", ".join(f"{split} {counts.get(split, 0)}" for split in SPLITS)
+def _check_splits(recipe: str, images: Mapping[str, int]) -> None:
+    if not all(images.get(split) for split in SPLITS):
+        found = ", ".join(f"{split} {images.get(split, 0)}" for split in SPLITS)
         raise UserError(
             f"params.yaml: recipes.{recipe}.data: too few images for three splits ({found}); add "
             f"images, or change validation, test or split_seed"
         )
 
 
-def _make_shard(
-    recipe: str, data: DataConfig, source: Source, store: Store, encoder_there: list[str], job: Job
+class _ShardWriter:
+    """A shard that is being made."""
+
+    def __init__(self) -> None:
+        import webdataset
+
+        self._file = io.BytesIO()
+        self._tar = webdataset.TarWriter(
+            self._file, encoder=False, mtime=0, user="vdvae", group="vdvae"
+        )
+        self._histogram = np.zeros(256, np.int64)
+        self._raw_hashes, self._hashes = bytearray(), bytearray()
+        self._keys: list[str] = []
+
+    def add(self, key: str, found: Loaded, num_levels: int) -> None:
+        raw_HWC = found.image_HWC
+        image_HWC = on_levels(raw_HWC, num_levels)
+        self._keys.append(key)
+        self._raw_hashes += _hash(raw_HWC)
+        self._hashes += self._raw_hashes[-HASH_BYTES:] if image_HWC is raw_HWC else _hash(image_HWC)
+        self._histogram += np.bincount(image_HWC.ravel(), minlength=256)
+        png = found.png if found.png and image_HWC is raw_HWC else _encode(image_HWC)
+        self._tar.write({"__key__": key, "png": png})
+
+    def store(self, recipe: str, split: str, store: Store) -> dict[str, Any]:
+        """Closes and stores it; what the manifest needs to know of it."""
+        self._tar.close()
+        content = self._file.getvalue()
+        sha256 = hashlib.sha256(content).hexdigest()
+        key = shard_key(recipe, sha256)
+        store.put(key, content)
+        return {
+            "split": split,
+            "key": key,
+            "bytes": len(content),
+            "sha256": sha256,
+            "images": len(self._keys),
+            "keys": self._keys,
+            "raw_hashes": self._raw_hashes.hex(),
+            "hashes": self._hashes.hex(),
+            "histogram": self._histogram.tolist(),
+        }
+
+
+def _make_shards(
+    recipe: str,
+    data: DataConfig,
+    source: Source,
+    store: Store,
+    encoder_there: list[str],
+    items: Sequence[Item],
 ) -> dict[str, Any]:
-    """Loads, encodes and stores one shard; what the manifest needs to know of it.
-
-    It has fewer images than items where some are none.
-    """
-    import webdataset
-
+    """Loads images, stores a shard for each split that they are of; what is to be known of them."""
     if encoder() != encoder_there:
         raise UserError(
             f"a worker has {', '.join(encoder())} where the stage has {', '.join(encoder_there)}: "
@@ -341,40 +376,20 @@ def _make_shard(
         )
     shape = (data.image_size, data.image_size, data.channels)
     converted: Counter[str] = Counter()
-    histogram = np.zeros(256, np.int64)
-    raw_hashes, hashes = bytearray(), bytearray()
-    keys: list[str] = []
     odd: list[tuple[str, str]] = []
-    tar = io.BytesIO()
-    with webdataset.TarWriter(tar, encoder=False, mtime=0, user="vdvae", group="vdvae") as out:
-        images = source.load((item.at for item in job.items), converted)
-        for item, raw_HWC in zip(job.items, images, strict=True):
-            if isinstance(raw_HWC, OddImage):
-                odd.append((str(raw_HWC), raw_HWC.reason))
-                continue
-            keys.append(item.key)
-            assert raw_HWC.shape == shape and raw_HWC.dtype == np.uint8, (item.key, raw_HWC.shape)
-            image_HWC = on_levels(raw_HWC, data.num_levels)
-            raw_hashes += _hash(raw_HWC)
-            hashes += _hash(image_HWC)
-            histogram += np.bincount(image_HWC.ravel(), minlength=256)
-            out.write({"__key__": item.key, "png": _encode(image_HWC)})
-    content = tar.getvalue()
-    sha256 = hashlib.sha256(content).hexdigest()
-    key = shard_key(recipe, sha256)
-    if keys:
-        store.put(key, content)
+    shards: defaultdict[str, _ShardWriter] = defaultdict(_ShardWriter)
+    for item, found in zip(items, source.load((item.at for item in items), converted), strict=True):
+        if isinstance(found, OddImage):
+            odd.append((str(found), found.reason))
+            continue
+        image_HWC = found.image_HWC
+        assert image_HWC.shape == shape and image_HWC.dtype == np.uint8, (item.key, image_HWC.shape)
+        shards[item.split or found.split].add(item.key, found, data.num_levels)
     return {
-        "split": job.split,
-        "key": key,
-        "bytes": len(content),
-        "sha256": sha256,
-        "images": len(keys),
-        "keys": keys,
+        "shards": [
+            shards[split].store(recipe, split, store) for split in SPLITS if split in shards
+        ],
         "odd": odd,
-        "raw_hashes": raw_hashes.hex(),
-        "hashes": hashes.hex(),
-        "histogram": histogram.tolist(),
         "converted": dict(converted),
     }
 
@@ -384,9 +399,12 @@ def _hash(image_HWC: NDArray[np.uint8]) -> bytes:
 
 
 def _encode(image_HWC: NDArray[np.uint8]) -> bytes:
+    """A PNG. Runs alone (zlib's Z_RLE): of a filtered photograph a search for longer matches saves
+    some percent of the bytes and takes four times the time, and its result differs with the
+    processor's instructions (zlib-ng)."""
     picture = Image.fromarray(image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC)
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    picture.save(file, "PNG", compress_type=zlib.Z_RLE)
     return file.getvalue()
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.params import DataConfig
 from pipeline.sources.raw import raw_file
-from pipeline.sources.source import Item, Run, require, whole_number
+from pipeline.sources.source import Item, Loaded, require, whole_number
 from pipeline.sources.tars import members
 from pipeline.storage import one_line
 from vdvae.config import UserError
@@ -53,7 +53,7 @@ class Cifar10:
         self.seed = data.split_seed
         self.notes: dict[str, Any] = {}
 
-    def items(self, run: Run) -> Iterator[Item]:
+    def items(self) -> Iterator[Item]:
         files = self._read()
         train = np.concatenate([files[name] for name in TRAIN_FILES])
         test = files[TEST_FILE]
@@ -65,9 +65,10 @@ class Cifar10:
         for index, record in enumerate(test):
             yield Item(f"cifar10-test-{index:05d}", "test", record[1:].tobytes())
 
-    def load(self, places: Iterable[bytes], converted: Counter[str]) -> Iterator[NDArray[np.uint8]]:
+    def load(self, places: Iterable[bytes], converted: Counter[str]) -> Iterator[Loaded]:
         for planes in places:
-            yield np.frombuffer(planes, np.uint8).reshape(3, 32, 32).transpose(1, 2, 0)
+            image_CHW = np.frombuffer(planes, np.uint8).reshape(3, 32, 32)
+            yield Loaded(image_CHW.transpose(1, 2, 0))
 
     def _check_counts(self, train: int, test: int) -> int:
         official = FILE_IMAGES * len(TRAIN_FILES)

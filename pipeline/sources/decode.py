@@ -19,6 +19,13 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _EXIF_ORIENTATION = 0x0112
 _SIXTEEN_BITS = ("I;16", "I;16B", "I")  # grey; colour comes from Pillow with 8
 _EIGHT_BITS = ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+_PNG = b"\x89PNG\r\n\x1a\n"
+# Of a PNG: how its 8-bit pixels are to be shown, by whom and when they were made.
+_NOTES = {
+    *(b"tEXt", b"zTXt", b"iTXt", b"tIME", b"pHYs", b"bKGD"),
+    *(b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT"),
+}
+_COMPRESSED_WELL = (2, 3)  # FLEVEL: by zlib's level 6, which is the default, or a higher one
 _MOST_TOLD = 20  # odd files that are named one by one
 _MOST_SCANS = 100  # of a JPEG: each costs as much as the whole image
 # What ends a JPEG's scan: any marker but a restart; 00 after FF stands for FF itself.
@@ -135,6 +142,34 @@ def decode(
         raise OddImage(
             f"{name}: cannot be decoded ({reason}); replace it or take it out", "damaged"
         ) from error
+
+
+def plain_png(content: bytes, channels: int) -> bytes | None:
+    """A PNG without its notes, or None where it is better encoded anew.
+
+    That is where it has other pixels than 8 bits of `channels` (1 grey, 3 RGB), is interlaced, has
+    chunks that might change its pixels, or was compressed in haste, as its zlib header says (RFC
+    1950, FLEVEL): it may be much too large.
+
+    Args:
+        content: a whole file, as `decode` has found it.
+        channels: of the pixels.
+    """
+    depth_kind = bytes([8, {1: 0, 3: 2}[channels]])
+    if content[:8] != _PNG or content[24:26] != depth_kind or content[28]:
+        return None
+    parts, at, level = [_PNG], 8, None
+    while at < len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        kind = content[at + 4 : at + 8]
+        if kind == b"IDAT" and level is None:
+            level = content[at + 9] >> 6
+        if kind in (b"IHDR", b"IDAT", b"IEND"):
+            parts.append(content[at:end])
+        elif kind not in _NOTES:
+            return None
+        at = len(content) if kind == b"IEND" else end
+    return b"".join(parts) if level in _COMPRESSED_WELL else None
 
 
 def _is_turned(picture: Image.Image) -> bool:

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.params import DataConfig
-from pipeline.sources.source import Item, Run, require, whole_number
+from pipeline.sources.source import Item, Loaded, require, whole_number
 from vdvae.levels import levels_to_uint8
 
 IMAGES = 1797
@@ -38,7 +37,7 @@ class Digits:
         self.seed = data.split_seed
         self.notes: dict[str, Any] = {}
 
-    def items(self, run: Run) -> Iterator[Item]:
+    def items(self) -> Iterator[Item]:
         from sklearn.datasets import load_digits  # a second of start-up time
 
         levels_NHW = load_digits().images.astype(np.int32)
@@ -49,6 +48,6 @@ class Digits:
         for index, split in itertools.zip_longest(order, splits, fillvalue="train"):
             yield Item(f"digits-{index:05d}", split, stored_NHW[index].tobytes())
 
-    def load(self, places: Iterable[bytes], converted: Counter[str]) -> Iterator[NDArray[np.uint8]]:
+    def load(self, places: Iterable[bytes], converted: Counter[str]) -> Iterator[Loaded]:
         for pixels in places:
-            yield np.frombuffer(pixels, np.uint8).reshape(8, 8, 1)
+            yield Loaded(np.frombuffer(pixels, np.uint8).reshape(8, 8, 1))

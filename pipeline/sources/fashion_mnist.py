@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.params import DataConfig
 from pipeline.sources.raw import raw_files
-from pipeline.sources.source import Item, Run, require, whole_number
+from pipeline.sources.source import Item, Loaded, require, whole_number
 from pipeline.storage import one_line
 from vdvae.config import UserError
 
@@ -60,7 +60,7 @@ class FashionMnist:
         self.seed, self.block = data.split_seed, _PADDED // data.image_size
         self.notes: dict[str, Any] = {}
 
-    def items(self, run: Run) -> Iterator[Item]:
+    def items(self) -> Iterator[Item]:
         train, test = (self._read(split) for split in ("train", "test"))
         validation = self.validation
         if len(train) != IMAGES["train"]:
@@ -76,10 +76,11 @@ class FashionMnist:
         for index, pixels in enumerate(test):
             yield Item(f"fashion-mnist-test-{index:05d}", "test", pixels.tobytes())
 
-    def load(self, places: Iterable[bytes], converted: Counter[str]) -> Iterator[NDArray[np.uint8]]:
+    def load(self, places: Iterable[bytes], converted: Counter[str]) -> Iterator[Loaded]:
         for pixels in places:
             image = np.frombuffer(pixels, np.uint8).reshape(_SIDE, _SIDE)
-            yield block_means(np.pad(image, (_PADDED - _SIDE) // 2), self.block)[:, :, None]
+            image = block_means(np.pad(image, (_PADDED - _SIDE) // 2), self.block)
+            yield Loaded(image[:, :, None])
 
     def _read(self, split: str) -> NDArray[np.uint8]:
         """All images of a file, N H W, uint8.

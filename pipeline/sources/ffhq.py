@@ -8,13 +8,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.params import DataConfig
-from pipeline.sources.decode import OddImage, decode
+from pipeline.sources.decode import OddImage, decode, plain_png
 from pipeline.sources.raw import File, Files, npy_header, raw_file, raw_files
-from pipeline.sources.source import Item, Run, images_or_why_not, require, whole_number
+from pipeline.sources.source import Item, Loaded, images_or_why_not, require, whole_number
 from pipeline.storage import one_line
 from vdvae.config import UserError
 
@@ -56,14 +55,12 @@ class Ffhq:
         self.seed = data.split_seed
         self.notes: dict[str, Any] = {}
 
-    def items(self, run: Run) -> Iterator[Item]:
+    def items(self) -> Iterator[Item]:
         places = self._png_files() if self.array is None else self._indices()
         for index, (split, place) in enumerate(zip(self._splits(), places, strict=True)):
             yield Item(f"ffhq-{index:05d}", split, place)
 
-    def load(
-        self, places: Iterable[Any], converted: Counter[str]
-    ) -> Iterator[NDArray[np.uint8] | OddImage]:
+    def load(self, places: Iterable[Any], converted: Counter[str]) -> Iterator[Loaded | OddImage]:
         if self.array is None:
             yield from images_or_why_not(self._read_png, places, converted)
             return
@@ -75,7 +72,7 @@ class Ffhq:
                 pixels = array.read(bytes_each)
                 if len(pixels) != bytes_each:
                     raise self._refusal("ends too soon")
-                yield np.frombuffer(pixels, np.uint8).reshape(self.size, self.size, 3)
+                yield Loaded(np.frombuffer(pixels, np.uint8).reshape(self.size, self.size, 3))
 
     def _splits(self) -> list[str]:
         if self.size == 1024:
@@ -133,10 +130,11 @@ class Ffhq:
                 )
             yield file
 
-    def _read_png(self, file: File, converted: Counter[str]) -> NDArray[np.uint8]:
+    def _read_png(self, file: File, converted: Counter[str]) -> Loaded:
         name = one_line(f"{self.files.root}/{file.name}")
         with self.files.image(file.name) as png:
-            picture = decode(png, name, 3, converted, ("PNG",))
+            content = png.read()
+        picture = decode(io.BytesIO(content), name, 3, converted, ("PNG",))
         if picture.size != (1024, 1024):
             raise OddImage(
                 f"{name}: is {picture.width}x{picture.height}, not 1024x1024; get it anew",
@@ -145,4 +143,4 @@ class Ffhq:
         if self.size != 1024:
             picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR)
             converted[f"1024x1024 to {self.size}x{self.size}, bilinear"] += 1
-        return np.asarray(picture)
+        return Loaded(np.asarray(picture), None if converted else plain_png(content, 3))

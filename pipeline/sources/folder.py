@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,16 +15,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipeline.params import DataConfig
-from pipeline.sources.decode import FORMATS, OddImage, decode
+from pipeline.sources.decode import FORMATS, OddImage, decode, plain_png
 from pipeline.sources.raw import File, raw_files, setting, suffix_of
-from pipeline.sources.source import Item, Run, images_or_why_not, on_levels, require
+from pipeline.sources.source import Item, Loaded, images_or_why_not, on_levels, require
 from pipeline.storage import one_line
 from vdvae.config import UserError
 
 READ = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Images all the same, so that leaving them out in silence would be wrong.
 NOT_READ = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd", ".dng")
-_CHUNK = 256  # images whose splits are found at once
 
 
 class Folder:
@@ -47,7 +47,7 @@ class Folder:
         self.data = data
         self.notes: dict[str, Any] = {}
 
-    def items(self, run: Run) -> Iterator[Item | OddImage]:
+    def items(self) -> Iterator[Item | OddImage]:
         skipped: Counter[str] = Counter()
         listed, odd = self.listed(skipped)
         yield from odd
@@ -60,21 +60,10 @@ class Folder:
         if skipped:
             self.notes["skipped"] = dict(sorted(skipped.items()))
 
-        def chunks() -> Iterator[list[File]]:
-            for start in range(0, len(listed), _CHUNK):
-                yield [file_of(entry) for entry in listed[start : start + _CHUNK]]
+        for file in map(file_of, listed):
+            yield Item(_key(file.name), "", file)
 
-        # Each image is decoded twice, here for its split: so shards can be written in parallel.
-        for files, splits in zip(chunks(), run(self._splits, chunks()), strict=True):
-            for file, split in zip(files, splits, strict=True):
-                if isinstance(split, str):
-                    yield Item(_key(file.name), split, file)
-                else:
-                    yield OddImage(*split)
-
-    def load(
-        self, places: Iterable[File], converted: Counter[str]
-    ) -> Iterator[NDArray[np.uint8] | OddImage]:
+    def load(self, places: Iterable[File], converted: Counter[str]) -> Iterator[Loaded | OddImage]:
         return images_or_why_not(self._image, places, converted)
 
     def listed(self, skipped: Counter[str]) -> tuple[list[bytes], list[OddImage]]:
@@ -101,18 +90,17 @@ class Folder:
         found.sort()
         return found, odd
 
-    def _image(self, file: File, converted: Counter[str]) -> NDArray[np.uint8]:
-        with self.files.image(file.name) as content:
-            picture = decode(content, self._shown(file.name), self.data.channels, converted)
-        image = np.asarray(self._sized(picture, file.name, converted))
-        return on_levels(image.reshape(*image.shape[:2], self.data.channels), self.data.num_levels)
-
-    def _splits(self, files: list[File]) -> list[str | tuple[str, str]]:
-        """The split of each, or an odd file's sentence and reason."""
-        return [
-            (str(found), found.reason) if isinstance(found, OddImage) else self._split(found)
-            for found in self.load(files, Counter())
-        ]
+    def _image(self, file: File, converted: Counter[str]) -> Loaded:
+        size, channels = self.data.image_size, self.data.channels
+        with self.files.image(file.name) as opened:
+            content = opened.read()
+        decoded = decode(io.BytesIO(content), self._shown(file.name), channels, converted)
+        picture = self._sized(decoded, file.name, converted)
+        image_HWC = np.asarray(picture).reshape(size, size, channels)
+        stored_HWC = on_levels(image_HWC, self.data.num_levels)
+        same = picture is decoded and stored_HWC is image_HWC and not converted
+        png = plain_png(content, channels) if same else None
+        return Loaded(stored_HWC, png, self._split(stored_HWC))
 
     def _shown(self, name: str) -> str:
         return one_line(f"{self.files.root}/{name}")

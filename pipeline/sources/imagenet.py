@@ -11,12 +11,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.params import DataConfig
-from pipeline.sources.decode import OddImage, decode
+from pipeline.sources.decode import OddImage, decode, plain_png
 from pipeline.sources.raw import File, raw_files, setting, suffix_of
-from pipeline.sources.source import Item, Run, images_or_why_not, require, whole_number
+from pipeline.sources.source import Item, Loaded, images_or_why_not, require, whole_number
 from pipeline.sources.tars import members
 from pipeline.storage import one_line
 from vdvae.config import UserError
@@ -77,7 +76,7 @@ class ImageNet:
         self.data = data
         self.notes: dict[str, Any] = {}
 
-    def items(self, run: Run) -> Iterator[Item]:
+    def items(self) -> Iterator[Item]:
         skipped: Counter[str] = Counter()
         train, test = self._places(self.train, skipped), self._places(self.test, skipped)
         if len(test) == LATER_RELEASE:
@@ -105,25 +104,24 @@ class ImageNet:
 
     def load(
         self, places: Iterable[_Place], converted: Counter[str]
-    ) -> Iterator[NDArray[np.uint8] | OddImage]:
+    ) -> Iterator[Loaded | OddImage]:
         for tar, of_tar in itertools.groupby(places, lambda place: place.tar):
             with self.files.open(tar.name) as file:
                 image_at = functools.partial(self._image, file)
                 yield from images_or_why_not(image_at, of_tar, converted)
 
-    def _image(
-        self, file: io.BufferedReader, place: _Place, converted: Counter[str]
-    ) -> NDArray[np.uint8]:
+    def _image(self, file: io.BufferedReader, place: _Place, converted: Counter[str]) -> Loaded:
         size = self.data.image_size
         name = f"{self._shown(place.tar)}: {place.name!a}"
         file.seek(place.offset)
-        picture = decode(io.BytesIO(file.read(place.size)), name, 3, converted, ("PNG",))
+        content = file.read(place.size)
+        picture = decode(io.BytesIO(content), name, 3, converted, ("PNG",))
         if picture.size != (size, size):
             raise OddImage(
                 f"{name}: is {picture.width}x{picture.height}, not {size}x{size}; get the tar anew",
                 "another size",
             )
-        return np.asarray(picture)
+        return Loaded(np.asarray(picture), None if converted else plain_png(content, 3))
 
     def _places(self, tar: File, skipped: Counter[str]) -> _Places:
         names, offsets, sizes = [], array("Q"), array("Q")

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.params import DataConfig
 from pipeline.sources.raw import npy_header, raw_files
-from pipeline.sources.source import Item, Run, require, whole_number
+from pipeline.sources.source import Item, Loaded, require, whole_number
 from pipeline.storage import one_line
 from vdvae.config import UserError
 
@@ -49,7 +48,7 @@ class ImageNetNpz:
         self.data = data
         self.notes: dict[str, Any] = {"release": "the later one: figures compare to no other set"}
 
-    def items(self, run: Run) -> Iterator[Item]:
+    def items(self) -> Iterator[Item]:
         total = 0
         for name in TRAIN_FILES:
             with self._rows(name) as (_, count):
@@ -65,10 +64,11 @@ class ImageNetNpz:
         for index, planes in enumerate(self._planes(TEST_FILE)):
             yield Item(f"imagenet{size}npz-test-{index:07d}", "test", planes)
 
-    def load(self, places: Iterable[bytes], converted: Counter[str]) -> Iterator[NDArray[np.uint8]]:
+    def load(self, places: Iterable[bytes], converted: Counter[str]) -> Iterator[Loaded]:
         size = self.data.image_size
         for planes in places:
-            yield np.frombuffer(planes, np.uint8).reshape(3, size, size).transpose(1, 2, 0)
+            image_CHW = np.frombuffer(planes, np.uint8).reshape(3, size, size)
+            yield Loaded(image_CHW.transpose(1, 2, 0))
 
     def _planes(self, name: str) -> Iterator[bytes]:
         # Row by row: a file has more than 100,000.

@@ -15,16 +15,21 @@ from pipeline.sources.raw import setting
 from vdvae.config import UserError
 from vdvae.levels import levels_to_uint8, uint8_to_levels
 
-# Runs jobs, perhaps many at once, and gives their results in the order of the jobs.
-Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
-
 
 class Item(NamedTuple):
     """One image that can be loaded, with its name and its place."""
 
     key: str  # unique in the source; [a-z0-9_-]+
-    split: str  # train, validation or test
+    split: str  # train, validation or test; "" where the pixels decide
     at: Any  # where its pixels are, or they themselves: small, other for other bytes
+
+
+class Loaded(NamedTuple):
+    """One image, decoded."""
+
+    image_HWC: NDArray[np.uint8]
+    png: bytes | None = None  # `plain_png` of its file, where that has these very pixels
+    split: str = ""  # where the pixels decide
 
 
 class Source(Protocol):
@@ -38,7 +43,7 @@ class Source(Protocol):
     terms: str  # on which terms the images may be used
     notes: dict[str, Any]  # what was skipped or unusual; whole after the last item
 
-    def items(self, run: Run) -> Iterator[Item | OddImage]:
+    def items(self) -> Iterator[Item | OddImage]:
         """Every image once, or why it is none: odd files end nothing here.
 
         Raises:
@@ -46,10 +51,8 @@ class Source(Protocol):
         """
         ...
 
-    def load(
-        self, places: Iterable[Any], converted: Counter[str]
-    ) -> Iterator[NDArray[np.uint8] | OddImage]:
-        """For each place that an item named its image H W C, or why there is none.
+    def load(self, places: Iterable[Any], converted: Counter[str]) -> Iterator[Loaded | OddImage]:
+        """For each place that an item named its image, or why there is none.
 
         What was done to the images is counted.
 
@@ -60,10 +63,10 @@ class Source(Protocol):
 
 
 def images_or_why_not(
-    image_at: Callable[[Any, Counter[str]], NDArray[np.uint8]],
+    image_at: Callable[[Any, Counter[str]], Loaded],
     places: Iterable[Any],
     converted: Counter[str],
-) -> Iterator[NDArray[np.uint8] | OddImage]:
+) -> Iterator[Loaded | OddImage]:
     """`Source.load` from a function that loads one image: only of images conversions count."""
     for place in places:
         counts: Counter[str] = Counter()
