@@ -43,7 +43,7 @@ TEST_SHARE = 25  # one of so many images is in the test tar
 FULL = 1_281_149 + 49_999  # the paper's ImageNet-32
 
 
-def make(folder: Path, images: int, size: int, files: str) -> DataConfig:
+def make(folder: Path, images: int, size: int, files: str = "png") -> DataConfig:
     """Raw data in `folder`, and the settings that read them."""
     random = np.random.RandomState(0)
     noise = Image.fromarray(random.randint(0, 256, (2048, 2048, 3)).astype(np.uint8))
