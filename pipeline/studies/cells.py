@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 from pipeline.flows import experiment
 from pipeline.flows.overrides import Overrides
@@ -75,10 +76,10 @@ async def _run_all(
     tell: Callable[[str], None],
 ) -> dict[str, int]:
     """Runs cells; returns the exit codes of those that failed, by what is to be said of them."""
-    slots, began = asyncio.Semaphore(jobs), time.monotonic()
+    slots = asyncio.Semaphore(jobs)
     failed: dict[str, int] = {}
     running: set[asyncio.subprocess.Process] = set()
-    done = 0
+    seconds: list[float] = []  # of each cell that has ended
 
     def stop() -> None:
         for number in _SIGNALS:
@@ -89,17 +90,17 @@ async def _run_all(
                 child.terminate()
 
     async def run(number: int, cell: Cell) -> None:
-        nonlocal done
         async with slots:
+            began = time.monotonic()
             name = f"{cell.variant}, seed {cell.seed} ({number} of {len(todo)})"
             log = Places.from_env().runs / "studies" / f"{cell.experiment}.log"
             tell(f"{name}: begins; its output: {log}")
             code = await _run(cell, note, commit, log, running)
-            done += 1
+            seconds.append(time.monotonic() - began)
             if code:
                 last = " / ".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
                 failed[f"{name}, exit code {code}: {last[-500:]}"] = code
-            left = (time.monotonic() - began) / done * (len(todo) - done)
+            left = fmean(seconds) * (len(todo) - len(seconds)) / jobs  # as if none had begun
             tell(f"{name}: {'failed' if code else 'done'}; about {left / 60:.0f} min to go")
 
     loop = asyncio.get_running_loop()
