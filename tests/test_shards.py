@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -14,6 +15,7 @@ import os
 import signal
 import tarfile
 import time
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +30,8 @@ from s3_server import s3_server
 from tar_members import extended, member
 
 from pipeline import storage
-from pipeline.params import DataConfig
+from pipeline.commands.space import Needs, add_unfinished
+from pipeline.params import DataConfig, Places
 from pipeline.shards import BlockCache, Manifest, Shard, ShardReader, Split, write_shards, writer
 from pipeline.shards.duplicates import find_duplicates
 from pipeline.shards.jobs import Workers, open_workers
@@ -62,6 +65,19 @@ class Made:
         for place in places:
             converted["made"] += 1
             yield Loaded(np.random.RandomState(place).randint(0, 256, shape).astype(np.uint8))
+
+
+class ByPixels(Made):
+    """The same images, whose splits are known only where they are loaded."""
+
+    def items(self):
+        self.splits = {item.at: item.split for item in super().items()}
+        return (item._replace(split="") for item in super().items())
+
+    def load(self, places, converted):
+        places = list(places)
+        for place, image in zip(places, super().load(places, converted), strict=True):
+            yield image._replace(split=self.splits[place])
 
 
 class Counting(FileStore):
@@ -474,25 +490,35 @@ class Puts(FileStore):
         return path.read_text().split() if path.exists() else []
 
 
-LONG = {"train": 41, "validation": 9, "test": 10}  # 17 shards
+LONG = {"train": 41, "validation": 9, "test": 10}
+SOURCES = {Made: 17, ByPixels: 30}  # shards of so many images, four at once
 
 
-def write_with(folder: Path, count: str, monkeypatch, data=None, **options) -> Manifest:
+def write_with(
+    folder: Path, count: str, monkeypatch, data=None, source=Made, **options
+) -> Manifest:
     """What the stage does, with so many workers."""
     data = data or config()
     monkeypatch.setenv("VDVAE_SHARD_WORKERS", count)
     store = Puts(folder / "store")
     with open_workers() as workers:
-        return write_shards("r", data, Made(data, LONG), store, folder / "m" / "r.json",
+        return write_shards("r", data, source(data, LONG), store, folder / "m" / "r.json",
                             workers=workers, runs=folder / "runs", **options)  # fmt: skip
 
 
-def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", SOURCES)
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch, source):
     for count in ("1", "2", "3"):
-        write_with(tmp_path / count, count, monkeypatch)
+        manifest = write_with(tmp_path / count, count, monkeypatch, source=source)
+    reader = ShardReader(manifest, FileStore(tmp_path / "3" / "store"), "validation")
+    assert [key for keys, _ in reader.scan(4) for key in keys] == [
+        f"made-validation-{number}" for number in range(9)
+    ]
     written = [(tmp_path / count / "m" / "r.json").read_bytes() for count in "123"]
     assert written[0] == written[1] == written[2]
-    assert [len(set(Puts(tmp_path / count / "store").puts())) for count in "123"] == [17] * 3
+    assert [len(set(Puts(tmp_path / count / "store").puts())) for count in "123"] == [
+        SOURCES[source]
+    ] * 3
     assert not list((tmp_path / "2" / "runs").rglob("*.json"))  # done: nothing is kept
 
 
@@ -650,9 +676,9 @@ def runs(pid: int) -> bool:
     return state not in "ZX"
 
 
-@pytest.mark.parametrize("count", ["1", "2"])
-def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path, monkeypatch, count):
-    whole = write_with(tmp_path / "whole", "1", monkeypatch)
+@pytest.mark.parametrize(("count", "source"), [("1", Made), ("2", Made), ("2", ByPixels)])
+def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path, monkeypatch, count, source):
+    whole = write_with(tmp_path / "whole", "1", monkeypatch, source=source)
     random = np.random.RandomState(int(count))
     folder = tmp_path / "killed"
     kills = 0
@@ -660,7 +686,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path, monkeypatch, cou
         child = os.fork()
         if child == 0:
             try:
-                write_with(folder, count, monkeypatch)
+                write_with(folder, count, monkeypatch, source=source)
             finally:
                 os._exit(0)
         before = len(Puts(folder / "store").puts())
@@ -683,14 +709,16 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path, monkeypatch, cou
     assert 2 <= kills <= 50
     assert Manifest.load(folder / "m" / "r.json") == whole
     puts = Puts(folder / "store").puts()
-    assert len(set(puts)) == 17
+    assert len(set(puts)) == SOURCES[source]
     # A kill costs what was at work, not what was done.
-    in_flight = {"1": 1, "2": 4}[count]
-    assert len(puts) <= 17 + kills * in_flight
+    in_flight = {"1": 1, "2": 4}[count] * (3 if source is ByPixels else 1)
+    assert len(puts) <= SOURCES[source] + kills * in_flight
 
 
-def test_what_was_kept_is_taken_only_where_it_still_holds(tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_was_kept_is_taken_only_where_it_still_holds(tmp_path, monkeypatch, source):
     folder = tmp_path / "r"
+    made = functools.partial(write_with, folder, source=source, monkeypatch=monkeypatch)
 
     def stop(images: int) -> None:
         if images > 40:
@@ -698,19 +726,35 @@ def test_what_was_kept_is_taken_only_where_it_still_holds(tmp_path, monkeypatch)
 
     def begin_and_stop() -> list[str]:
         with pytest.raises(KeyboardInterrupt):
-            write_with(folder, "1", monkeypatch, on_progress=stop)
+            made("1", on_progress=stop)
         return Puts(folder / "store").puts()
 
     done = begin_and_stop()
-    (folder / "store" / done[3]).unlink()  # as `vdvae gc` may, after a day
-    whole = write_with(folder, "1", monkeypatch)
-    assert Puts(folder / "store").puts()[len(done) :].count(done[3]) == 1
-    assert len(Puts(folder / "store").puts()) == 17 + 1
+    (folder / "store" / done[4]).unlink()
+    whole = made("1")
+    again = Puts(folder / "store").puts()[len(done) :]
+    assert again.count(done[4]) == 1
+    beside = 2 if source is ByPixels else 0  # those of the same images are made again, too
+    assert len(done + again) == SOURCES[source] + 1 + beside
     begin_and_stop()
-    other = write_with(folder, "1", monkeypatch, config(num_levels=32))  # has a state of its own
+    other = made("1", data=config(num_levels=32))  # has a state of its own
     assert other.source.fingerprint == whole.source.fingerprint
     assert other.splits != whole.splits
-    assert write_with(folder, "2", monkeypatch) == whole
+    assert made("2") == whole
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_shards_of_a_sharding_to_go_on_with_are_needed(tmp_path, monkeypatch, source):
+    def stop(images: int) -> None:
+        if images > 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_with(tmp_path, "1", monkeypatch, source=source, on_progress=stop)
+    needs = Needs()
+    add_unfinished(needs, Places(store_url="", runs=tmp_path / "runs", tracking_uri=""))
+    assert {*needs.keys} == {*Puts(tmp_path / "store").puts()}
+    assert {*needs.keys.values()} == {"a sharding to go on with"}
 
 
 def test_a_shard_that_was_damaged_meanwhile_is_made_again(tmp_path, monkeypatch):
@@ -909,8 +953,8 @@ def test_only_well_compressed_plain_pngs_are_handed_through(tmp_path, monkeypatc
     store = FileStore(tmp_path / "store")
     stored, found = {}, {}
     for split, shards in manifest.splits.items():
-        for shard in shards.shards:
-            with tarfile.open(fileobj=io.BytesIO(store.get(shard.key))) as tar:
+        for one in shards.shards:
+            with tarfile.open(fileobj=io.BytesIO(store.get(one.key))) as tar:
                 stored |= {m.name[:2]: tar.extractfile(m).read() for m in tar.getmembers()}
         for keys, x_BCHW in ShardReader(manifest, store, split).scan(9):
             found |= {key[:2]: x for key, x in zip(keys, x_BCHW.numpy(), strict=True)}
@@ -922,3 +966,40 @@ def test_only_well_compressed_plain_pngs_are_handed_through(tmp_path, monkeypatc
     coarse = write_folder(tmp_path, dataclasses.replace(data, num_levels=32), monkeypatch)
     [x_BCHW] = [x for _, x in ShardReader(coarse, store, "test").scan(40)]
     assert len(np.unique(x_BCHW)) <= 32
+
+
+def test_a_drawing_is_searched_for_matches_and_a_photograph_for_runs_alone(tmp_path):
+    random = np.random.RandomState(0)
+    tile = random.randint(0, 256, (16, 16, 3))
+    walks = random.randint(-9, 10, (64, 64, 3)).cumsum(0).cumsum(1)
+
+    def stored(image_HWC: np.ndarray) -> bytes:
+        image = Loaded(image_HWC.astype(np.uint8))
+        shard = writer._ShardWriter()
+        shard.add("one", image, 256)
+        found = shard.store("r", "train", FileStore(tmp_path))
+        with tarfile.open(tmp_path / found["key"]) as tar:
+            return tar.extractfile("one.png").read()
+
+    drawing, photograph = np.tile(tile, (4, 4, 1)), walks // 99 + random.randint(0, 8, walks.shape)
+    for image_HWC, strategy in ((drawing, -1), (photograph, zlib.Z_RLE)):
+        file = io.BytesIO()
+        Image.fromarray(image_HWC.astype(np.uint8)).save(file, "PNG", compress_type=strategy)
+        assert stored(image_HWC) == file.getvalue()
+    assert len(stored(drawing)) < drawing.size / 4
+
+
+def test_a_folder_of_odd_files_alone_names_them(tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.heic").write_bytes(b"")
+    data = DataConfig(source="folder", path=str(folder), image_size=8)
+    with pytest.raises(UserError, match=r"a\.heic: \.heic images are not read"):
+        write_folder(tmp_path, data, monkeypatch)
+
+
+def test_once_a_run_is_refused_it_stores_no_more(tmp_path, monkeypatch):
+    data = odd_folder(tmp_path / "images")
+    with pytest.raises(UserError):
+        write_folder(tmp_path, data, monkeypatch)
+    assert not [*(tmp_path / "store").rglob("*.tar")]  # the .heic was known from the beginning

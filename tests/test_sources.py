@@ -25,7 +25,7 @@ from pipeline import sources, storage
 from pipeline.params import DataConfig
 from pipeline.shards import write_shards
 from pipeline.sources import cifar10, fashion_mnist, ffhq, imagenet, imagenet_npz, open_source
-from pipeline.sources.decode import FORMATS, OddImage, decode
+from pipeline.sources.decode import FORMATS, OddImage, decode, decode_to_store
 from vdvae.config import UserError
 
 
@@ -454,6 +454,65 @@ def deep_png(kind: int, extra: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + extra + data + chunk(b"IEND", b"")
 
 
+def rows_png(*chunks: bytes, kind: int = 2, rest: bytes = b"", level: int = 6) -> bytes:
+    """A PNG of 8x8 pixels of 8 bits, with chunks before its pixels and bytes behind them."""
+    pixels = np.random.RandomState(kind).randint(0, 9, (8, 8, CHANNELS[kind])).cumsum(0)
+    rows = b"".join(b"\0" + row.astype(np.uint8).tobytes() for row in pixels)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, kind, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(rows, level) + rest)
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + data + chunk(b"IEND", b"")
+
+
+IEND = chunk(b"IEND", b"")
+HIDDEN = os.urandom(2**20)
+TEXT = {  # Pillow takes such a word for its own note that the rows are interlaced
+    "tEXt": chunk(b"tEXt", b"interlace\x001"),
+    "zTXt": chunk(b"zTXt", b"interlace\0\0" + zlib.compress(b"1")),
+    "iTXt": chunk(b"iTXt", b"interlace\0\0\0\0\x001"),
+}
+KEPT = {
+    "plain": rows_png(),
+    "grey": rows_png(kind=0),
+    "noted": rows_png(chunk(b"pHYs", bytes(9)), chunk(b"gAMA", bytes(4))),
+    **{name: rows_png(text) for name, text in TEXT.items()},
+    "bytes in its end": rows_png()[: -len(IEND)] + chunk(b"IEND", HIDDEN),
+    "an end without a sum": rows_png()[:-4],
+}
+ANEW = {
+    "compressed in haste": rows_png(level=1),
+    "so, behind an empty chunk": rows_png(chunk(b"IDAT", b""), level=1),
+    "bytes behind its pixels": rows_png(rest=HIDDEN),
+    "bytes behind its end": rows_png() + b"more",
+    "two headers": rows_png(chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))),
+    "a header behind a note": (lambda png: png[:8] + TEXT["tEXt"] + png[8:])(rows_png()),
+    "a transparent colour": rows_png(chunk(b"tRNS", bytes(6))),
+    "a palette": rows_png(chunk(b"PLTE", bytes(3))),
+    "turned": rows_png(
+        chunk(b"eXIf", b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0")
+    ),
+    "grey with alpha": rows_png(kind=4),
+    "16 bits": deep_png(2),
+    "no end": rows_png()[: -len(IEND)],
+}
+
+
+@pytest.mark.parametrize("name", [*KEPT, *ANEW])
+def test_a_png_that_is_kept_has_the_decoded_pixels_and_nothing_else(name: str) -> None:
+    content = (KEPT | ANEW)[name]
+    channels = 1 if "grey" in name else 3
+    try:
+        picture, png = decode_to_store(content, name, channels, Counter())
+    except OddImage:
+        assert name in ("no end", "a header behind a note")
+        return
+    assert (png is not None) == (name in KEPT)
+    if png is not None:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as stored:  # as a shard's are read
+            assert stored.mode == picture.mode and stored.tobytes() == picture.tobytes()
+        plain = KEPT["grey" if channels == 1 else "plain"]
+        assert png == plain and picture.tobytes() == decode(plain, name, channels).tobytes()
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", CHANNELS)
 def test_of_sixteen_bits_the_upper_eight_are_taken(tmp_path, kind, channels):
@@ -576,7 +635,7 @@ INCOMPLETE = {
 def test_an_image_that_pillow_completes_in_silence_is_refused(data):
     Image.open(io.BytesIO(data)).load()  # it does
     with pytest.raises(OddImage, match="f: ends before its last pixel; replace it") as caught:
-        decode(io.BytesIO(data), "f", 3)
+        decode(data, "f", 3)
     assert caught.value.reason == "incomplete"
 
 
@@ -600,7 +659,7 @@ def test_whole_images_are_not_taken_for_incomplete(size):
                 except (OSError, ValueError):  # this format has no such mode
                     continue
                 plain = Image.open(io.BytesIO(out.getvalue())).convert("RGB")
-                assert decode(io.BytesIO(out.getvalue()), "f", 3).tobytes() == plain.tobytes()
+                assert decode(out.getvalue(), "f", 3).tobytes() == plain.tobytes()
 
 
 def test_gif_and_tiff_of_one_frame_are_read_upright_and_of_several_are_not(tmp_path):
@@ -619,14 +678,14 @@ def test_gif_and_tiff_of_one_frame_are_read_upright_and_of_several_are_not(tmp_p
         out = io.BytesIO()
         half.save(out, kind, save_all=True, append_images=[picture().convert("L")])
         with pytest.raises(OddImage, match=f"f: {words}; take one image out of it"):
-            decode(io.BytesIO(out.getvalue()), "f", 3)
+            decode(out.getvalue(), "f", 3)
 
 
 def test_a_jpeg_of_a_thousand_scans_is_refused_before_it_is_decoded():
     data = jpeg(progressive=True)
     scan = data.rindex(b"\xff\xda")
     with pytest.raises(OddImage, match="scans, more than 100"):
-        decode(io.BytesIO(data[:scan] + data[scan:-2] * 1000 + b"\xff\xd9"), "f", 3)
+        decode(data[:scan] + data[scan:-2] * 1000 + b"\xff\xd9", "f", 3)
 
 
 def test_a_machine_that_cannot_give_a_file_is_no_odd_file(tmp_path):
@@ -1047,7 +1106,7 @@ def test_fuzzed_images_are_read_right_or_refused(kind):
     refusals = 0
     for _ in range(20):
         try:
-            found = decode(io.BytesIO(fuzzed(out.getvalue(), random)), "f", 3)
+            found = decode(fuzzed(out.getvalue(), random), "f", 3)
         except UserError as error:
             assert "\n" not in str(error)
             refusals += 1

@@ -162,9 +162,7 @@ def find_needs(places: Places, cache: Path) -> Needs:
     """
     needs = Needs()
     # In the direction in which shards pass on: what moves meanwhile is seen at one place or both.
-    for path in (places.runs / STATES).glob("*/*.json"):
-        with suppress(OSError, ValueError, LookupError, TypeError):  # not kept: it is made again
-            needs.keys.setdefault(read_record(path)["key"], "a sharding to go on with")
+    add_unfinished(needs, places)
     for path in sorted(_MANIFESTS.glob("*.json")):
         needs.add(_load(path), "this checkout")
     stored = open_store(places.store_url).list()
@@ -179,6 +177,14 @@ def find_needs(places: Places, cache: Path) -> Needs:
         if not cached_object(cache, md5).exists():
             needs.recipes[recipe] = f"{where}, whose manifest is not in DVC's cache ('dvc fetch')"
     return needs
+
+
+def add_unfinished(needs: Needs, places: Places) -> None:
+    """Adds the shards that shardings have made which have not ended."""
+    for path in (places.runs / STATES).glob("*/*.json"):
+        with suppress(OSError, ValueError, LookupError, TypeError):  # not kept: it is made again
+            for shard in read_record(path)["shards"]:
+                needs.keys.setdefault(shard["key"], "a sharding to go on with")
 
 
 def survey(

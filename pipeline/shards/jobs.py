@@ -27,17 +27,17 @@ _PATIENCE_S = 30.0
 _MOST_RECORD_BYTES = 2**28  # a shard of a million images has some 90 MB of keys
 
 
-def read_record(path: Path, kind: type = dict) -> Any:
-    """What a job found, as it was written down; that of a shard is an object.
+def read_record(path: Path) -> dict[str, Any]:
+    """What a job found, as it was written down.
 
     Raises:
         FileNotFoundError: the job has not been done.
         UserError: it is not what a job writes.
     """
-    remedy = "remove it, then run the same command again: that shard is made anew"
+    remedy = "remove it, then run the same command again: what it tells of is made anew"
     found = read_json(path, remedy, most_bytes=_MOST_RECORD_BYTES)
-    if not isinstance(found, kind):
-        raise UserError(f"{path}: is no record of a shard; {remedy}")
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: is no record of shards; {remedy}")
     return found
 
 
@@ -104,7 +104,7 @@ class Workers:
     ) -> Future[Any]:
         done: Future[Any] = Future()
         with contextlib.suppress(FileNotFoundError):
-            result = read_record(path, object)
+            result = read_record(path)
             if still_holds(result):
                 done.set_result(result)
                 return done

@@ -53,6 +53,8 @@ from vdvae.config import UserError
 from vdvae.files import atomic_write, atomic_write_json, sha256_of
 
 STATES = "shards"  # in VDVAE_RUNS: what sharding that was interrupted goes on from
+_PILLOWS_OWN = -1  # strategy of zlib
+_LARGER = 1.06  # a shard may be, to be made several times as fast
 _HERE = Path(__file__).parent
 
 
@@ -70,8 +72,8 @@ def write_shards(
 ) -> Manifest:
     """Puts every image of a source into the store and writes the manifest, last and atomically.
 
-    The same images give the same bytes and the same manifest, however many workers there are. A
-    run that was stopped leaves whole shards and a record of each in `runs`; the next one goes on
+    The same files give the same bytes and the same manifest, however many workers there are. A run
+    that was stopped leaves whole shards and a record of each job in `runs`; the next one goes on
     after them.
 
     Files that are no images to learn from are looked for to the end. They are named in
@@ -79,7 +81,7 @@ def write_shards(
     counted by reason, as `data.unreadable` says; who makes the shards does not know of that.
 
     Args:
-        on_progress: called with the number of images so far, after each shard.
+        on_progress: called with the number of images so far, after each job.
         workers: where the shards are made; by default in this process.
         runs: VDVAE_RUNS; where it is not given, a run begins from nothing.
         before_manifest: called when all shards are in the store.
@@ -204,6 +206,11 @@ def _write(
             else:
                 yield item
 
+    # Once it is known that all will be refused, the rest is looked at and no longer stored.
+    jobs = (
+        (items, data.unreadable == "refuse" and bool(odd))
+        for items in _jobs(recipe, images(), most)
+    )
     make = functools.partial(_make_shards, recipe, data, source, store, encoder())
     shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
     records: dict[str, list[tuple[Path, int]]] = {split: [] for split in SPLITS}
@@ -216,9 +223,7 @@ def _write(
     def lost(made: dict[str, Any]) -> list[str]:
         return [one["key"] for one in made["shards"] if store.size(one["key"]) != one["bytes"]]
 
-    for made, record in workers.run(
-        make, _jobs(recipe, images(), most), state, lambda made: not lost(made)
-    ):
+    for made, record in workers.run(make, jobs, state, lambda made: not lost(made)):
         if workers.elsewhere and (keys := lost(made)):
             raise UserError(
                 f"store {store.root}: has no {keys[0]}, which a worker has just stored: its "
@@ -302,7 +307,7 @@ def _jobs(recipe: str, items: Iterable[Item], most: int) -> Iterator[tuple[Item,
             yield tuple(waiting[item.split])
             waiting[item.split] = []
         counts[item.split] += 1
-    if not counts[""]:
+    if counts and not counts[""]:
         _check_splits(recipe, counts)
     yield from (tuple(rest) for rest in waiting.values() if rest)
 
@@ -326,6 +331,7 @@ class _ShardWriter:
         self._tar = webdataset.TarWriter(
             self._file, encoder=False, mtime=0, user="vdvae", group="vdvae"
         )
+        self._strategy: int | None = None
         self._histogram = np.zeros(256, np.int64)
         self._raw_hashes, self._hashes = bytearray(), bytearray()
         self._keys: list[str] = []
@@ -337,8 +343,17 @@ class _ShardWriter:
         self._raw_hashes += _hash(raw_HWC)
         self._hashes += self._raw_hashes[-HASH_BYTES:] if image_HWC is raw_HWC else _hash(image_HWC)
         self._histogram += np.bincount(image_HWC.ravel(), minlength=256)
-        png = found.png if found.png and image_HWC is raw_HWC else _encode(image_HWC)
+        png = found.png if found.png and image_HWC is raw_HWC else self._encoded(image_HWC)
         self._tar.write({"__key__": key, "png": png})
+
+    def _encoded(self, image_HWC: NDArray[np.uint8]) -> bytes:
+        """A PNG. Of a filtered photograph zlib saves nearly nothing by looking for matches other
+        than runs, which takes most of its time; of a drawing it saves most: the first image tells.
+        Without it the bytes also do not depend on the processor's instructions (zlib-ng)."""
+        if self._strategy is None:
+            runs, matches = (_encode(image_HWC, how) for how in (zlib.Z_RLE, _PILLOWS_OWN))
+            self._strategy = zlib.Z_RLE if len(runs) <= _LARGER * len(matches) else _PILLOWS_OWN
+        return _encode(image_HWC, self._strategy)
 
     def store(self, recipe: str, split: str, store: Store) -> dict[str, Any]:
         """Closes and stores it; what the manifest needs to know of it."""
@@ -366,9 +381,14 @@ def _make_shards(
     source: Source,
     store: Store,
     encoder_there: list[str],
-    items: Sequence[Item],
+    job: tuple[Sequence[Item], bool],
 ) -> dict[str, Any]:
-    """Loads images, stores a shard for each split that they are of; what is to be known of them."""
+    """Loads images, stores a shard for each split that they are of; what is to be known of them.
+
+    Args:
+        job: the images, and whether they are only looked at.
+    """
+    items, only_look = job
     if encoder() != encoder_there:
         raise UserError(
             f"a worker has {', '.join(encoder())} where the stage has {', '.join(encoder_there)}: "
@@ -384,11 +404,11 @@ def _make_shards(
             continue
         image_HWC = found.image_HWC
         assert image_HWC.shape == shape and image_HWC.dtype == np.uint8, (item.key, image_HWC.shape)
-        shards[item.split or found.split].add(item.key, found, data.num_levels)
+        if not only_look:
+            shards[item.split or found.split].add(item.key, found, data.num_levels)
+    splits = sorted(shards, key=SPLITS.index)
     return {
-        "shards": [
-            shards[split].store(recipe, split, store) for split in SPLITS if split in shards
-        ],
+        "shards": [shards[split].store(recipe, split, store) for split in splits],
         "odd": odd,
         "converted": dict(converted),
     }
@@ -398,13 +418,10 @@ def _hash(image_HWC: NDArray[np.uint8]) -> bytes:
     return hashlib.sha256(image_HWC.tobytes()).digest()[:HASH_BYTES]
 
 
-def _encode(image_HWC: NDArray[np.uint8]) -> bytes:
-    """A PNG. Runs alone (zlib's Z_RLE): of a filtered photograph a search for longer matches saves
-    some percent of the bytes and takes four times the time, and its result differs with the
-    processor's instructions (zlib-ng)."""
+def _encode(image_HWC: NDArray[np.uint8], strategy: int) -> bytes:
     picture = Image.fromarray(image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC)
     file = io.BytesIO()
-    picture.save(file, "PNG", compress_type=zlib.Z_RLE)
+    picture.save(file, "PNG", compress_type=strategy)
     return file.getvalue()
 
 

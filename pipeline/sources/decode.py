@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
+import struct
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from typing import BinaryIO
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -19,12 +20,13 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _EXIF_ORIENTATION = 0x0112
 _SIXTEEN_BITS = ("I;16", "I;16B", "I")  # grey; colour comes from Pillow with 8
 _EIGHT_BITS = ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG, _IHDR, _IEND = b"\x89PNG\r\n\x1a\n", b"\0\0\0\rIHDR", b"\0\0\0\0IEND\xaeB`\x82"
 # Of a PNG: how its 8-bit pixels are to be shown, by whom and when they were made.
 _NOTES = {
     *(b"tEXt", b"zTXt", b"iTXt", b"tIME", b"pHYs", b"bKGD"),
     *(b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT"),
 }
+_HEADER_BYTES = 1024  # that a PNG may have beside its pixels
 _COMPRESSED_WELL = (2, 3)  # FLEVEL: by zlib's level 6, which is the default, or a higher one
 _MOST_TOLD = 20  # odd files that are named one by one
 _MOST_SCANS = 100  # of a JPEG: each costs as much as the whole image
@@ -58,7 +60,7 @@ class OddImages(UserError):
 
 
 def decode(
-    file: BinaryIO,
+    content: bytes,
     name: str,
     channels: int,
     converted: Counter[str] | None = None,
@@ -75,7 +77,6 @@ def decode(
             pixels than Image.MAX_IMAGE_PIXELS.
     """
     counts: Counter[str] = Counter() if converted is None else converted
-    content = file.read()
     deep = content.startswith(b"\x89PNG") and content[24:25] == b"\x10"
     try:
         with warnings.catch_warnings():
@@ -144,32 +145,51 @@ def decode(
         ) from error
 
 
-def plain_png(content: bytes, channels: int) -> bytes | None:
+def decode_to_store(
+    content: bytes,
+    name: str,
+    channels: int,
+    converted: Counter[str],
+    formats: tuple[str, ...] = FORMATS,
+) -> tuple[Image.Image, bytes | None]:
+    """As `decode`; with a PNG of this very image where it need not be encoded anew.
+
+    That PNG is what is decoded, so it holds these pixels whatever else the file may say.
+    """
+    png = _plain_png(content, channels)
+    return decode(png or content, name, channels, converted, formats), png
+
+
+def _plain_png(content: bytes, channels: int) -> bytes | None:
     """A PNG without its notes, or None where it is better encoded anew.
 
     That is where it has other pixels than 8 bits of `channels` (1 grey, 3 RGB), is interlaced, has
-    chunks that might change its pixels, or was compressed in haste, as its zlib header says (RFC
-    1950, FLEVEL): it may be much too large.
-
-    Args:
-        content: a whole file, as `decode` has found it.
-        channels: of the pixels.
+    chunks that might change its pixels, or is too large: it was compressed in haste, as its zlib
+    header says (RFC 1950, FLEVEL), or takes more bytes than its pixels.
     """
-    depth_kind = bytes([8, {1: 0, 3: 2}[channels]])
-    if content[:8] != _PNG or content[24:26] != depth_kind or content[28]:
+    colour = {1: 0, 3: 2}[channels]
+    if content[:16] != _PNG + _IHDR or content[24:29] != bytes([8, colour, 0, 0, 0]):
         return None
-    parts, at, level = [_PNG], 8, None
+    header, *others = _chunks(content)
+    data = [chunk for chunk in others if chunk[4:8] == b"IDAT"]
+    kinds = [chunk[4:8] for chunk in others if chunk[4:8] != b"IDAT"]
+    level = b"".join(chunk[8:-4] for chunk in data)[1:2]
+    if {*kinds[:-1]} - _NOTES or kinds[-1:] != [b"IEND"] or others[-1][4:8] != b"IEND":
+        return None
+    if not level or level[0] >> 6 not in _COMPRESSED_WELL:
+        return None
+    png = b"".join([_PNG, header, *data, _IEND])
+    pixels = math.prod(struct.unpack(">II", content[16:24])) * channels
+    return png if len(png) <= pixels + _HEADER_BYTES else None
+
+
+def _chunks(content: bytes) -> Iterator[bytes]:
+    """Those of a PNG, each whole: its length, its kind, what it holds, a checksum."""
+    at = len(_PNG)
     while at < len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
-        kind = content[at + 4 : at + 8]
-        if kind == b"IDAT" and level is None:
-            level = content[at + 9] >> 6
-        if kind in (b"IHDR", b"IDAT", b"IEND"):
-            parts.append(content[at:end])
-        elif kind not in _NOTES:
-            return None
-        at = len(content) if kind == b"IEND" else end
-    return b"".join(parts) if level in _COMPRESSED_WELL else None
+        yield content[at:end]
+        at = end
 
 
 def _is_turned(picture: Image.Image) -> bool:

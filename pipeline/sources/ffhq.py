@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.params import DataConfig
-from pipeline.sources.decode import OddImage, decode, plain_png
+from pipeline.sources.decode import OddImage, decode_to_store
 from pipeline.sources.raw import File, Files, npy_header, raw_file, raw_files
 from pipeline.sources.source import Item, Loaded, images_or_why_not, require, whole_number
 from pipeline.storage import one_line
@@ -132,9 +132,8 @@ class Ffhq:
 
     def _read_png(self, file: File, converted: Counter[str]) -> Loaded:
         name = one_line(f"{self.files.root}/{file.name}")
-        with self.files.image(file.name) as png:
-            content = png.read()
-        picture = decode(io.BytesIO(content), name, 3, converted, ("PNG",))
+        content = self.files.image(file.name)
+        picture, png = decode_to_store(content, name, 3, converted, ("PNG",))
         if picture.size != (1024, 1024):
             raise OddImage(
                 f"{name}: is {picture.width}x{picture.height}, not 1024x1024; get it anew",
@@ -143,4 +142,5 @@ class Ffhq:
         if self.size != 1024:
             picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR)
             converted[f"1024x1024 to {self.size}x{self.size}, bilinear"] += 1
-        return Loaded(np.asarray(picture), None if converted else plain_png(content, 3))
+            png = None
+        return Loaded(np.asarray(picture), png)

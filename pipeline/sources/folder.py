@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipeline.params import DataConfig
-from pipeline.sources.decode import FORMATS, OddImage, decode, plain_png
+from pipeline.sources.decode import FORMATS, OddImage, decode_to_store
 from pipeline.sources.raw import File, raw_files, setting, suffix_of
 from pipeline.sources.source import Item, Loaded, images_or_why_not, on_levels, require
 from pipeline.storage import one_line
@@ -92,15 +91,13 @@ class Folder:
 
     def _image(self, file: File, converted: Counter[str]) -> Loaded:
         size, channels = self.data.image_size, self.data.channels
-        with self.files.image(file.name) as opened:
-            content = opened.read()
-        decoded = decode(io.BytesIO(content), self._shown(file.name), channels, converted)
+        content = self.files.image(file.name)
+        decoded, png = decode_to_store(content, self._shown(file.name), channels, converted)
         picture = self._sized(decoded, file.name, converted)
         image_HWC = np.asarray(picture).reshape(size, size, channels)
         stored_HWC = on_levels(image_HWC, self.data.num_levels)
-        same = picture is decoded and stored_HWC is image_HWC and not converted
-        png = plain_png(content, channels) if same else None
-        return Loaded(stored_HWC, png, self._split(stored_HWC))
+        same = picture is decoded and stored_HWC is image_HWC
+        return Loaded(stored_HWC, png if same else None, self._split(stored_HWC))
 
     def _shown(self, name: str) -> str:
         return one_line(f"{self.files.root}/{name}")

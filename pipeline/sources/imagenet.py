@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.params import DataConfig
-from pipeline.sources.decode import OddImage, decode, plain_png
+from pipeline.sources.decode import OddImage, decode_to_store
 from pipeline.sources.raw import File, raw_files, setting, suffix_of
 from pipeline.sources.source import Item, Loaded, images_or_why_not, require, whole_number
 from pipeline.sources.tars import members
@@ -115,13 +115,13 @@ class ImageNet:
         name = f"{self._shown(place.tar)}: {place.name!a}"
         file.seek(place.offset)
         content = file.read(place.size)
-        picture = decode(io.BytesIO(content), name, 3, converted, ("PNG",))
+        picture, png = decode_to_store(content, name, 3, converted, ("PNG",))
         if picture.size != (size, size):
             raise OddImage(
                 f"{name}: is {picture.width}x{picture.height}, not {size}x{size}; get the tar anew",
                 "another size",
             )
-        return Loaded(np.asarray(picture), None if converted else plain_png(content, 3))
+        return Loaded(np.asarray(picture), png)
 
     def _places(self, tar: File, skipped: Counter[str]) -> _Places:
         names, offsets, sizes = [], array("Q"), array("Q")

@@ -9,7 +9,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, BinaryIO, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -50,8 +50,8 @@ class Files(Protocol):
         """One of them, to be read from any place."""
         ...
 
-    def image(self, name: str) -> BinaryIO:
-        """One of them that is read whole; OddImage where it is larger than an image may be."""
+    def image(self, name: str) -> bytes:
+        """One of them, whole; OddImage where it is larger than an image may be."""
         ...
 
 
@@ -135,12 +135,12 @@ class _Directory:
                 f"then run the same command again"
             ) from None
 
-    def image(self, name: str) -> BinaryIO:
+    def image(self, name: str) -> bytes:
         return read_image(Path(self._folder, name), one_line(f"{self.root}/{name}"))
 
 
-def read_image(path: Path, name: str) -> BinaryIO:
-    """A regular file that is read whole; nothing else is waited for.
+def read_image(path: Path, name: str) -> bytes:
+    """A whole regular file; nothing else is waited for.
 
     Raises:
         OddImage: it is no regular file, or larger than an image may be.
@@ -158,7 +158,7 @@ def read_image(path: Path, name: str) -> BinaryIO:
         ) from None
     if len(content) > OBJECT_BYTES:
         raise _too_many_bytes(name)
-    return io.BytesIO(content)
+    return content
 
 
 def _too_many_bytes(name: str) -> OddImage:
@@ -192,11 +192,11 @@ class _Prefix:
     def open(self, name: str) -> io.BufferedReader:
         return self.objects.open(name)
 
-    def image(self, name: str) -> BinaryIO:
+    def image(self, name: str) -> bytes:
         content = self.objects.read(name, OBJECT_BYTES)
         if content is None:
             raise _too_many_bytes(one_line(f"{self.root}/{name}"))
-        return io.BytesIO(content)
+        return content
 
 
 def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:

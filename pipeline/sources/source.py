@@ -28,7 +28,7 @@ class Loaded(NamedTuple):
     """One image, decoded."""
 
     image_HWC: NDArray[np.uint8]
-    png: bytes | None = None  # `plain_png` of its file, where that has these very pixels
+    png: bytes | None = None  # of these very pixels, where there is one that can be stored
     split: str = ""  # where the pixels decide
 
 

@@ -156,6 +156,6 @@ def test_whole_images_are_taken(kind: str) -> None:
     for _ in range(N // 4):
         content = whole(kind, random)
         plain = Image.open(io.BytesIO(content))
-        found = decode(io.BytesIO(content), "f", 3)
+        found = decode(content, "f", 3)
         if not plain.has_transparency_data:
             assert found.tobytes() == plain.convert("RGB").tobytes()
