@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -13,8 +14,11 @@ import torch
 from conftest import ROOT
 from test_training import CPU, MODEL, batches, settings
 
+from pipeline.params import load_recipe
+from vdvae import layers
 from vdvae.config import ModelConfig, UserError
 from vdvae.doctor import Point
+from vdvae.layers import Pointwise, after_gelu, gelu
 from vdvae.precision import check_precision
 from vdvae.summary import summarise
 from vdvae.training import TrainState, check_machine, start, train, update
@@ -67,6 +71,74 @@ def test_recomputing_keeps_less_for_the_backward_pass() -> None:
     assert kept(1) < kept(4) < 0.8 * kept(0)
     least, less, all_of_it = (summarise(WIDER, r).activation_bytes for r in (1, 4, 0))
     assert least < less < 0.8 * all_of_it  # what `vdvae plan` tells
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_gelu_that_is_computed_again_gives_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, kernel: int, dtype: torch.dtype, channels_last: bool
+) -> None:
+    """A convolution of a GELU that keeps its input alone, and its twin that keeps both."""
+    monkeypatch.setattr(layers, "_SMALL", 0)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    convolution = Pointwise(6, 5) if kernel == 1 else torch.nn.Conv2d(6, 5, 3, padding=1)
+    reduced = dtype == torch.bfloat16  # as autocast does it: from weights in float32
+    convolution.to(torch.float32 if reduced else dtype).to(memory_format=order)  # type: ignore[call-overload]
+    x_BDHW = torch.randn(2, 6, 4, 4, generator=generator).to(dtype).to(memory_format=order)
+    x_BDHW.requires_grad_()
+    grad_BDHW = torch.randn(2, 5, 4, 4, generator=generator).to(dtype)
+
+    def run(keeps_both: bool) -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+            y = convolution(gelu(x_BDHW)) if keeps_both else after_gelu(convolution, x_BDHW)
+        inputs = (x_BDHW, convolution.weight, convolution.bias)
+        return (y, *torch.autograd.grad(y, inputs, grad_BDHW))
+
+    for found, wanted in zip(run(False), run(True), strict=True):
+        assert (found.dtype, found.stride()) == (wanted.dtype, wanted.stride())
+        assert torch.equal(found, wanted)
+    if dtype == torch.float64:
+        inputs = (x_BDHW, convolution.weight, convolution.bias)
+        assert torch.autograd.gradcheck(layers._ConvolutionOfGelu.apply, inputs)
+
+
+def test_gelu_is_the_same_function_in_both_memory_orders() -> None:
+    x_BDHW = torch.linspace(-9, 9, 6400, dtype=torch.float64).reshape(2, 8, 20, 20)
+    exact = x_BDHW * 0.5 * torch.erfc(-x_BDHW / 2**0.5)
+    for dtype, atol in ((torch.float64, 1e-14), (torch.float32, 2e-6)):
+        for order in (torch.contiguous_format, torch.channels_last):
+            found = gelu(x_BDHW.to(dtype).to(memory_format=order))
+            assert found.is_contiguous(memory_format=order)
+            torch.testing.assert_close(found.double(), exact, rtol=0, atol=atol)
+
+
+def test_a_step_that_computes_gelus_again_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, figures = stepped(channels_last=True)
+    kept = summarise(WIDER).activation_bytes
+    monkeypatch.setattr(layers, "_SMALL", 0)
+    for resolution in (0, 4):  # and with activation checkpointing above it
+        twin, same = stepped(channels_last=True, checkpoint_activations_from=resolution)
+        assert same == figures
+        assert torch.equal(gradients(twin), gradients(plain))
+    assert summarise(WIDER).activation_bytes < 0.75 * kept
+
+
+@pytest.mark.parametrize(
+    ("recipe", "batch", "precision"),
+    [("digits", 512, "fp32"), ("cifar10", 1, "fp32"), ("cifar10", 1, "bf16")],
+)
+def test_a_step_holds_what_is_told_before(recipe: str, batch: int, precision: str) -> None:
+    """`describe` and `plan` against the resident memory of steps, without what malloc keeps."""
+    loaded = load_recipe(recipe, ROOT / "params.yaml")
+    told = summarise(loaded.model, precision=precision).training_bytes(batch)
+    words = [sys.executable, "tests/step_memory.py", recipe, str(batch), precision]
+    # glibc gives each piece of memory back to the system when it is freed.
+    alone = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(words, check=True, cwd=ROOT, env=os.environ | alone, text=True,
+                          stdout=subprocess.PIPE)  # fmt: skip
+    assert int(done.stdout) == pytest.approx(told, rel=0.1)
 
 
 def test_channels_last_is_the_same_step() -> None:

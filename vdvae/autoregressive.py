@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vdvae.config import PixelCNNConfig, UserError
 from vdvae.distributions import DiscretizedLogisticMixture, at_least_float32
-from vdvae.layers import Blocks, Pointwise, activation_checkpointing, without_autocast
+from vdvae.layers import Blocks, Pointwise, activation_checkpointing, gelu, without_autocast
 from vdvae.model import Elbo, network_input, normalised
 from vdvae.randomness import Generators
 
@@ -80,11 +80,11 @@ class GatedBlock(nn.Module):
         def run(convolution: CausalConv, x: Tensor) -> Tensor:
             return convolution(x) if cache is None else convolution.step(x, cache)
 
-        h = run(self.conv1, F.gelu(x_BDHW))
+        h = run(self.conv1, gelu(x_BDHW))
         if self.enter is not None:
             assert other_BDHW is not None
-            h = h + self.enter(F.gelu(other_BDHW))
-        added, gate = run(self.conv2, F.gelu(h)).chunk(2, dim=1)
+            h = h + self.enter(gelu(other_BDHW))
+        added, gate = run(self.conv2, gelu(h)).chunk(2, dim=1)
         return x_BDHW + added * torch.sigmoid(gate)
 
 
@@ -152,7 +152,7 @@ class PixelCNN(nn.Module):
     def likelihood_parameters(self, x_BDHW: Tensor) -> Tensor:
         """Parameters of the mixture of logistics: [B,P,H,W], never computed in bfloat16."""
         with without_autocast(x_BDHW.device.type):  # as of the VAE's output
-            params_BPHW: Tensor = self.output(F.gelu(at_least_float32(x_BDHW)))
+            params_BPHW: Tensor = self.output(gelu(at_least_float32(x_BDHW)))
         return params_BPHW
 
     def forward(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 BlockT = TypeVar("BlockT", bound=nn.Module)
@@ -50,6 +51,95 @@ def _pointwise(x_BDHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x_BDHW, weight, bias)
     x_BHWD = x_BDHW.permute(0, 2, 3, 1)
     return F.linear(x_BHWD, weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
+
+
+def gelu(x_BDHW: Tensor) -> Tensor:
+    """The GELU; on a CPU oneDNN's, which is up to twice as fast and takes contiguous tensors alone:
+    channels-last features are one in another order (benchmarks/)."""
+    if not x_BDHW.is_contiguous(memory_format=torch.channels_last):
+        return F.gelu(x_BDHW)
+    return F.gelu(x_BDHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+_SMALL = 4096  # numbers per image, below which a call costs more than what it computes
+
+
+def after_gelu(convolution: nn.Conv2d, x_BDHW: Tensor) -> Tensor:
+    """`convolution(gelu(x))`, for whose backward pass x alone is kept, not its GELU, too.
+
+    That is half of what a bottleneck keeps. The GELU is computed again there, which gives the same
+    gradients; torch.compile does so by itself. Small features, as of 8x8 pixels, are kept.
+
+    Args:
+        convolution: of stride 1 that keeps the size, without groups or dilation.
+        x_BDHW: features.
+    """
+    if (
+        not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or x_BDHW.shape[1:].numel() < _SMALL
+    ):
+        y: Tensor = convolution(gelu(x_BDHW))
+        return y
+    # Under autocast the casts are outside, where their gradients are autograd's.
+    cast = map(to_autocast_dtype, (x_BDHW, convolution.weight, convolution.bias))
+    z: Tensor = _ConvolutionOfGelu.apply(*cast)
+    return z
+
+
+class _ConvolutionOfGelu(torch.autograd.Function):
+    """`after_gelu` of features, weights and biases of one dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BDHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BDHW, weight)
+        if weight.shape[-1] == 1:
+            return _pointwise(gelu(x_BDHW), weight, bias)
+        return F.conv2d(gelu(x_BDHW), weight, bias, padding=weight.shape[-1] // 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BDHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_BDHW, weight = ctx.saved_tensors
+        gradients = _pointwise_gradients if weight.shape[-1] == 1 else _convolution_gradients
+        grad_active, grad_weight, grad_bias = gradients(grad_BDHW, gelu(x_BDHW), weight)
+        return _gelu_gradient(grad_active, x_BDHW), grad_weight, grad_bias
+
+
+def _gelu_gradient(grad_BDHW: Tensor, x_BDHW: Tensor) -> Tensor:
+    """That of `gelu`'s input, in the same memory order."""
+    backward = torch.ops.aten.gelu_backward
+    if not x_BDHW.is_contiguous(memory_format=torch.channels_last):
+        x: Tensor = backward(grad_BDHW, x_BDHW)
+        return x
+    x = backward(grad_BDHW.permute(0, 2, 3, 1), x_BDHW.permute(0, 2, 3, 1))
+    return x.permute(0, 3, 1, 2)
+
+
+def _convolution_gradients(
+    grad_BDHW: Tensor, x_BDHW: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a convolution that keeps the size: those of its input, weight and bias."""
+    padding = weight.shape[-1] // 2
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        grad_BDHW, x_BDHW, weight, [len(weight)], [1, 1], [padding, padding], [1, 1], False, [0, 0],
+        1, [True, True, True],
+    )  # fmt: skip
+    return found
+
+
+def _pointwise_gradients(
+    grad_BDHW: Tensor, x_BDHW: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a 1x1 convolution, over channels-last features as matrix products."""
+    if not x_BDHW.is_contiguous(memory_format=torch.channels_last):
+        return _convolution_gradients(grad_BDHW, x_BDHW, weight)
+    grad_BHWD = grad_BDHW.permute(0, 2, 3, 1)
+    grad_ND = grad_BHWD.flatten(0, 2)
+    x_ND = x_BDHW.permute(0, 2, 3, 1).flatten(0, 2)
+    grad_x_BHWD = grad_BHWD @ weight[:, :, 0, 0]
+    grad_weight = (grad_ND.t() @ x_ND)[:, :, None, None]
+    return grad_x_BHWD.permute(0, 3, 1, 2), grad_weight, grad_ND.sum(dim=0)
 
 
 def split_channels(x_BDHW: Tensor, first: int) -> tuple[Tensor, Tensor]:

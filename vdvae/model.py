@@ -34,6 +34,8 @@ from vdvae.layers import (
     Pointwise,
     RunBlock,
     activation_checkpointing,
+    after_gelu,
+    gelu,
     pad_channels,
     run_block,
     split_channels,
@@ -125,15 +127,14 @@ class Bottleneck(nn.Module):
         self.conv4 = Pointwise(width_inner, width_out)
 
     def forward(self, x_BDHW: Tensor) -> Tensor:
-        h = self.after_conv1(self.conv1(F.gelu(x_BDHW)))
+        h = self.after_conv1(after_gelu(self.conv1, x_BDHW))
         return x_BDHW + h if self.residual else h
 
     def after_conv1(self, h_BDHW: Tensor) -> Tensor:
         """All layers after the first convolution, without the residual addition."""
-        h: Tensor = self.conv2(F.gelu(h_BDHW))
-        h = self.conv3(F.gelu(h))
-        h = self.conv4(F.gelu(h))
-        return h
+        h = after_gelu(self.conv2, h_BDHW)
+        h = after_gelu(self.conv3, h)
+        return after_gelu(self.conv4, h)
 
 
 class Encoder(nn.Module):
@@ -168,7 +169,7 @@ class Encoder(nn.Module):
                 x = F.avg_pool2d(x, entry.pool)
             x = pad_channels(x, self.config.width_at(entry.output_resolution))
             activations[entry.output_resolution] = x
-        return {resolution: F.gelu(x) for resolution, x in activations.items()}
+        return {resolution: gelu(x) for resolution, x in activations.items()}
 
 
 class TopDownBlock(nn.Module):
@@ -219,7 +220,7 @@ class TopDownBlock(nn.Module):
         Returns:
             The output features [B,D,H,W], z [B,Z,H,W], and the KL in nats per image [B].
         """
-        active = F.gelu(x_BDHW)  # for the posterior and the prior
+        active = gelu(x_BDHW)  # for the posterior and the prior
         h = self.posterior.conv1.forward_concatenated(active, activation_BDHW)
         posterior = self.posterior.after_conv1(h)
         mean_q, log_sigma_q = at_least_float32(posterior).chunk(2, dim=1)
@@ -239,7 +240,7 @@ class TopDownBlock(nn.Module):
             z_BZHW: the latents; None draws them from the prior.
             noise_BZHW: standard normal, times the temperature; None is temperature 0.
         """
-        mean_p, log_sigma_p, x = self._prior(x_BDHW, F.gelu(x_BDHW))
+        mean_p, log_sigma_p, x = self._prior(x_BDHW, gelu(x_BDHW))
         if z_BZHW is None:
             z_BZHW = mean_p
             if noise_BZHW is not None:

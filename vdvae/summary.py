@@ -1,6 +1,6 @@
 """The size of a config's model: blocks, latents, parameters, operations and memory.
 
-Everything is measured on PyTorch's `meta` device, whose tensors have shapes and no bytes.
+Everything is measured with fake tensors, which have shapes and no bytes.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vdvae.config import AnyModelConfig, DecoderBlock, EncoderBlock, ModelConfig
 from vdvae.model import VDVAE
-from vdvae.models import build
+from vdvae.models import ImageModel, build
+from vdvae.precision import autocast
 
 _FLOAT_BYTES = 4
-_COPIES = 5  # of each weight in training: itself, gradient, two moments of Adam, average
+_COPIES = 4  # of each weight in training: itself, two moments of Adam, average
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,8 @@ class Summary:
     parameters: int
     forward_flop: int  # per image, to compute its bound
     sampling_flop: int  # per sample
-    activation_bytes: int  # kept for the backward pass, per image, float32
+    activation_bytes: int  # kept for the backward pass, per image
+    cast_bytes: int  # weights in bfloat16 that are kept beside them, whatever the batch
 
     @property
     def training_flop(self) -> int:
@@ -54,43 +57,38 @@ class Summary:
         return 3 * self.forward_flop
 
     def training_bytes(self, batch_size: int) -> int:
-        """An estimate of a training step's memory in bytes: weights, gradients, moments, average
-        and activations, in float32. Work space of the convolutions comes on top."""
-        state = _COPIES * _FLOAT_BYTES * self.parameters
-        return state + batch_size * self.activation_bytes
+        """An estimate of what a training step holds in bytes: weights, moments, average, and
+        activations or, as they go in the backward pass, gradients. Work space of the convolutions
+        comes on top, and what the allocator does not find a use for."""
+        weights = _FLOAT_BYTES * self.parameters
+        activations = batch_size * self.activation_bytes + self.cast_bytes
+        return _COPIES * weights + max(activations, weights)
 
 
-def summarise(config: AnyModelConfig, checkpoint_activations_from: int = 0) -> Summary:
+def summarise(
+    config: AnyModelConfig, checkpoint_activations_from: int = 0, precision: str = "fp32"
+) -> Summary:
     """The figures of a config's model, without its memory: seconds for the largest recipe.
 
     Args:
         config: of the model.
         checkpoint_activations_from: as in TrainConfig; what is computed again is not kept, nor
             counted as FLOP.
+        precision: of the training step whose activations are counted.
     """
-    with torch.device("meta"):
+    with FakeTensorMode():
         model = build(config)
         model.checkpoint_activations_from = checkpoint_activations_from
-        shape = (1, config.image_channels, config.image_size, config.image_size)
-        x_BCHW = torch.empty(shape, dtype=torch.uint8)
-        noise_BN = torch.empty(1, config.num_latents)
-        weights = {id(parameter) for parameter in model.parameters()}
-        kept: dict[int, Tensor] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            if id(tensor) not in weights:
-                kept[id(tensor.untyped_storage())] = tensor
-            return tensor
-
         counter = FlopCounterMode(display=False)
-        with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(x_BCHW, noise_BN)
+        with counter:
+            kept = _kept_bytes(model, 1, precision)
+        # What does not grow with the batch is weights in another dtype.
+        activation_bytes = _kept_bytes(model, 2, precision) - kept
         model.requires_grad_(False)
         sampling = FlopCounterMode(display=False)
         if isinstance(model, VDVAE):
             with sampling:
                 model.likelihood_parameters(1, temperature=0.0)
-    activation_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     parameters_in_all = sum(parameter.numel() for parameter in model.parameters())
     if not isinstance(config, ModelConfig) or not isinstance(model, VDVAE):
         return Summary(
@@ -103,6 +101,7 @@ def summarise(config: AnyModelConfig, checkpoint_activations_from: int = 0) -> S
             # With cached activations each is computed once, as in a forward pass.
             sampling_flop=counter.get_total_flops(),
             activation_bytes=activation_bytes,
+            cast_bytes=kept - activation_bytes,
         )
     flop = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
 
@@ -148,4 +147,26 @@ def summarise(config: AnyModelConfig, checkpoint_activations_from: int = 0) -> S
         forward_flop=counter.get_total_flops(),
         sampling_flop=sampling.get_total_flops(),
         activation_bytes=activation_bytes,
+        cast_bytes=kept - activation_bytes,
     )
+
+
+def _kept_bytes(model: ImageModel, batch: int, precision: str) -> int:
+    """What a forward pass keeps for the backward pass, but weights."""
+    config = model.config
+    shape = (batch, config.image_channels, config.image_size, config.image_size)
+    x_BCHW = torch.empty(shape, dtype=torch.uint8)
+    noise_BN = torch.empty(batch, config.num_latents)
+    weights = {id(parameter.untyped_storage()) for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = id(tensor.untyped_storage())
+        if storage not in weights:
+            kept[storage] = tensor
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, autocast(precision, torch.device("cpu")):
+        model(x_BCHW, noise_BN)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -15,14 +15,15 @@ def describe(name: str, batch: int | None = None) -> None:
 
     Args:
         name: the recipe's.
-        batch: images a step; None: the recipe's own.
+        batch: images at once; None: the recipe's own.
     """
     from pipeline.params import load_recipe
     from vdvae.summary import summarise
 
     recipe = load_recipe(name)
-    batch = batch or recipe.train.batch_size
-    found = summarise(recipe.model)
+    train = recipe.train
+    batch = batch or train.batch_size // train.accumulation
+    found = summarise(recipe.model, train.checkpoint_activations_from, train.precision)
     print_table(
         _HEADS,
         [
@@ -46,9 +47,9 @@ def describe(name: str, batch: int | None = None) -> None:
         f"the latents up to that resolution\n"
         f"GFLOP an image: bound {found.forward_flop / 1e9:.1f}, training step "
         f"{found.training_flop / 1e9:.1f}, sample {found.sampling_flop / 1e9:.1f}\n"
-        f"a training step of {batch} images in float32 holds about "
-        f"{found.training_bytes(batch) / 2**30:.1f} GiB (weights, gradients, moments, average, "
-        f"activations), a model {4 * found.parameters / 2**20:.0f} MiB"
+        f"a training step of {batch} images at once in {train.precision} holds about "
+        f"{found.training_bytes(batch) / 2**30:.1f} GiB (weights, moments, average, activations "
+        f"or gradients), a model {4 * found.parameters / 2**20:.0f} MiB"
     )
 
 

@@ -39,7 +39,7 @@ def plan(name: str, probe: bool = True) -> Lines:
 
     recipe, places = load_recipe(name), Places.from_env()
     train = recipe.train
-    found = summarise(recipe.model, train.checkpoint_activations_from)
+    found = summarise(recipe.model, train.checkpoint_activations_from, train.precision)
     images = train.steps * train.batch_size
     yield "parameters", f"{found.parameters:,}"
     yield "forward", f"{found.forward_flop / 1e9:,.2f} GFLOP an image"
@@ -58,8 +58,8 @@ def plan(name: str, probe: bool = True) -> Lines:
     yield (
         "memory, training",
         f"about {_bytes(_training_bytes(recipe, found, images_at_once))} on each of {ranks} "
-        f"device{'s' if ranks > 1 else ''}, {images_at_once} images at once in float32, and the "
-        f"convolutions' work space",
+        f"device{'s' if ranks > 1 else ''}, {images_at_once} images at once in {train.precision}, "
+        f"and the convolutions' work space",
     )
     yield (
         "memory, evaluation",
