@@ -82,8 +82,9 @@ def after_gelu(convolution: nn.Conv2d, x_BDHW: Tensor) -> Tensor:
         y: Tensor = convolution(gelu(x_BDHW))
         return y
     # Under autocast the casts are outside, where their gradients are autograd's.
+    assert convolution.bias is not None
     cast = map(to_autocast_dtype, (x_BDHW, convolution.weight, convolution.bias))
-    z: Tensor = _ConvolutionOfGelu.apply(*cast)
+    z: Tensor = _ConvolutionOfGelu.apply(*cast)  # type: ignore[no-untyped-call]
     return z
 
 
