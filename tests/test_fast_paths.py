@@ -126,17 +126,23 @@ def test_a_step_that_computes_gelus_again_is_the_same(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("recipe", "batch", "precision"),
-    [("digits", 512, "fp32"), ("cifar10", 1, "fp32"), ("cifar10", 1, "bf16")],
+    ("recipe", "images", "parts", "precision"),
+    [("digits", 512, 1, "fp32"), ("cifar10", 1, 2, "fp32"), ("cifar10", 1, 1, "bf16")],
 )
-def test_a_step_holds_what_is_told_before(recipe: str, batch: int, precision: str) -> None:
+def test_a_step_holds_what_is_told_before(
+    recipe: str, images: int, parts: int, precision: str
+) -> None:
     """`describe` and `plan` against the resident memory of steps, without what malloc keeps."""
-    loaded = load_recipe(recipe, ROOT / "params.yaml")
-    told = summarise(loaded.model, precision=precision).training_bytes(batch)
-    words = [sys.executable, "tests/step_memory.py", recipe, str(batch), precision]
-    # glibc gives each piece of memory back to the system when it is freed.
-    alone = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(words, check=True, cwd=ROOT, env=os.environ | alone, text=True,
+    found = summarise(load_recipe(recipe, ROOT / "params.yaml").model, precision=precision)
+    told = found.training_bytes(images, keeps_gradients=parts > 1)
+    words = [sys.executable, "tests/step_memory.py", recipe, str(images), str(parts), precision]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        # glibc gives each piece of memory back to the system when it is freed.
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    done = subprocess.run(words, check=True, cwd=ROOT, env=environment, text=True,
                           stdout=subprocess.PIPE)  # fmt: skip
     assert int(done.stdout) == pytest.approx(told, rel=0.1)
 

@@ -61,30 +61,32 @@ def gelu(x_BDHW: Tensor) -> Tensor:
     return F.gelu(x_BDHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-_SMALL = 4096  # numbers per image, below which a call costs more than what it computes
+_SMALL = 4096  # numbers per image, below which a call of Python's costs more than it saves
 
 
 def after_gelu(convolution: nn.Conv2d, x_BDHW: Tensor) -> Tensor:
-    """`convolution(gelu(x))`, for whose backward pass x alone is kept, not its GELU, too.
+    """`convolution(gelu(x))`, for whose backward pass x is kept and its GELU computed again.
 
-    That is half of what a bottleneck keeps. The GELU is computed again there, which gives the same
-    gradients; torch.compile does so by itself. Small features, as of 8x8 pixels, are kept.
+    The gradients are the same, bit for bit, and half as much is kept. Small features keep both, and
+    what torch.compile fuses is its own matter.
 
     Args:
-        convolution: of stride 1 that keeps the size, without groups or dilation.
-        x_BDHW: features.
+        convolution: of stride 1 that keeps the size, without groups or dilation; its hooks are not
+            called.
+        x_BDHW: features, in autocast's dtype where that is on (others keep both).
     """
     if (
         not torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or x_BDHW.shape[1:].numel() < _SMALL
+        or to_autocast_dtype(x_BDHW) is not x_BDHW
     ):
         y: Tensor = convolution(gelu(x_BDHW))
         return y
-    # Under autocast the casts are outside, where their gradients are autograd's.
     assert convolution.bias is not None
-    cast = map(to_autocast_dtype, (x_BDHW, convolution.weight, convolution.bias))
-    z: Tensor = _ConvolutionOfGelu.apply(*cast)  # type: ignore[no-untyped-call]
+    # The weights are cast out here, where the gradients of that are autograd's.
+    weights = map(to_autocast_dtype, (convolution.weight, convolution.bias))
+    z: Tensor = _ConvolutionOfGelu.apply(x_BDHW, *weights)  # type: ignore[no-untyped-call]
     return z
 
 
@@ -138,7 +140,7 @@ def _pointwise_gradients(
     grad_BHWD = grad_BDHW.permute(0, 2, 3, 1)
     grad_ND = grad_BHWD.flatten(0, 2)
     x_ND = x_BDHW.permute(0, 2, 3, 1).flatten(0, 2)
-    grad_x_BHWD = grad_BHWD @ weight[:, :, 0, 0]
+    grad_x_BHWD = (grad_ND @ weight[:, :, 0, 0]).view(*grad_BHWD.shape[:3], -1)
     grad_weight = (grad_ND.t() @ x_ND)[:, :, None, None]
     return grad_x_BHWD.permute(0, 3, 1, 2), grad_weight, grad_ND.sum(dim=0)
 

@@ -379,6 +379,8 @@ class VDVAE(nn.Module):
         Blocks of one shape share their code, which the whole network, unrolled, would not.
         """
         torch._dynamo.config.recompile_limit = 64  # one entry per shape of block
+        # What a convolution's gradient reads of a GELU is computed again, as without compiling.
+        torch._functorch.config.ban_recompute_materialized_backward = False
         # Blocks are small already; cut at DDP's buckets they would fuse less than on one rank.
         torch._dynamo.config.optimize_ddp = False
         for block in (*self.encoder.blocks, *self.decoder.blocks):

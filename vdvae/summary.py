@@ -56,13 +56,20 @@ class Summary:
         """Per image: forward, and twice that backward."""
         return 3 * self.forward_flop
 
-    def training_bytes(self, batch_size: int) -> int:
-        """An estimate of what a training step holds in bytes: weights, moments, average, and
-        activations or, as they go in the backward pass, gradients. Work space of the convolutions
-        comes on top, and what the allocator does not find a use for."""
+    def training_bytes(self, batch_size: int, keeps_gradients: bool = False) -> int:
+        """An estimate of what a training step holds in bytes: weights, moments, average, gradients
+        and activations. Work space of the convolutions comes on top, the block that is being
+        computed again, and what the allocator finds no use for.
+
+        Args:
+            batch_size: images at once.
+            keeps_gradients: there are gradients already while activations are kept: of the parts of
+                a batch before, or in the buckets of several ranks. Else they come as those go.
+        """
         weights = _FLOAT_BYTES * self.parameters
         activations = batch_size * self.activation_bytes + self.cast_bytes
-        return _COPIES * weights + max(activations, weights)
+        together = weights + activations if keeps_gradients else max(weights, activations)
+        return _COPIES * weights + together
 
 
 def summarise(

@@ -17,12 +17,14 @@ def describe(name: str, batch: int | None = None) -> None:
         name: the recipe's.
         batch: images at once; None: the recipe's own.
     """
+    from pipeline.commands.plan import at_once, training_bytes
     from pipeline.params import load_recipe
+    from pipeline.system.launch import ranks_here
     from vdvae.summary import summarise
 
     recipe = load_recipe(name)
-    train = recipe.train
-    batch = batch or train.batch_size // train.accumulation
+    train, ranks = recipe.train, ranks_here(recipe)
+    batch = batch or at_once(recipe, ranks)
     found = summarise(recipe.model, train.checkpoint_activations_from, train.precision)
     print_table(
         _HEADS,
@@ -48,8 +50,8 @@ def describe(name: str, batch: int | None = None) -> None:
         f"GFLOP an image: bound {found.forward_flop / 1e9:.1f}, training step "
         f"{found.training_flop / 1e9:.1f}, sample {found.sampling_flop / 1e9:.1f}\n"
         f"a training step of {batch} images at once in {train.precision} holds about "
-        f"{found.training_bytes(batch) / 2**30:.1f} GiB (weights, moments, average, activations "
-        f"or gradients), a model {4 * found.parameters / 2**20:.0f} MiB"
+        f"{training_bytes(recipe, found, batch, ranks) / 2**30:.1f} GiB (weights, gradients, "
+        f"moments, averages, activations), a model {4 * found.parameters / 2**20:.0f} MiB"
     )
 
 

@@ -54,10 +54,10 @@ def plan(name: str, probe: bool = True) -> Lines:
         f"images",
     )
     ranks = ranks_here(recipe)
-    images_at_once = _at_once(recipe, ranks)
+    images_at_once = at_once(recipe, ranks)
     yield (
         "memory, training",
-        f"about {_bytes(_training_bytes(recipe, found, images_at_once))} on each of {ranks} "
+        f"about {_bytes(training_bytes(recipe, found, images_at_once, ranks))} on each of {ranks} "
         f"device{'s' if ranks > 1 else ''}, {images_at_once} images at once in {train.precision}, "
         f"and the convolutions' work space",
     )
@@ -73,13 +73,16 @@ def plan(name: str, probe: bool = True) -> Lines:
     yield from _stages(name)
 
 
-def _at_once(recipe: Recipe, ranks: int) -> int:
+def at_once(recipe: Recipe, ranks: int) -> int:
+    """Images whose activations a rank keeps together."""
     return max(1, recipe.train.batch_size // (ranks * recipe.train.accumulation))
 
 
-def _training_bytes(recipe: Recipe, found: Summary, images_at_once: int) -> int:
+def training_bytes(recipe: Recipe, found: Summary, images: int, ranks: int) -> int:
+    """An estimate of what a rank holds in a training step of so many images at once."""
     best = 4 * found.parameters if recipe.train.validate_every else 0  # a copy of the best weights
-    return found.training_bytes(images_at_once) + best
+    keeps_gradients = ranks > 1 or recipe.train.accumulation > 1
+    return found.training_bytes(images, keeps_gradients) + best
 
 
 def evaluation_bytes(recipe: Recipe, found: Summary) -> int:
@@ -144,8 +147,8 @@ def _hours(recipe: Recipe, found: Summary, ranks: int) -> str:
         if device.type == "cuda"
         else psutil.virtual_memory().available
     )
-    images_at_once = _at_once(recipe, ranks)
-    needed = _WORK_SPACE * _training_bytes(recipe, found, images_at_once)
+    images_at_once = at_once(recipe, ranks)
+    needed = _WORK_SPACE * training_bytes(recipe, found, images_at_once, ranks)
     if needed > free:
         return (
             f"not measured: a step of {images_at_once} images at once needs about "
