@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from conftest import ROOT, Project, narrow
 from scipy import stats
 
 from pipeline import tracking
+from pipeline.params import load_recipe
 from pipeline.studies.declaration import cells_of, load_study, variants_of
+from pipeline.studies.shown import SHOWN
 from pipeline.studies.statistics import difference, overall
 from vdvae.config import UserError
 
@@ -174,6 +177,26 @@ def test_a_declaration_that_does_not_do_is_one_sentence(
 
 
 @pytest.mark.integration
+def test_norms_that_are_not_finite_are_counted_beside_the_percentiles() -> None:
+    """JSON has no infinity, and a percentile would be one."""
+    recipe = load_recipe("digits", ROOT / "params.yaml")
+
+    def columns(*of_seeds: list[float]) -> dict[str, list[float]]:
+        return SHOWN["gradients"].columns(
+            [{"recipe": recipe, "curves": [{"train/gradient_norm": norm} for norm in norms]}
+             for norms in of_seeds]
+        )  # fmt: skip
+
+    found = columns([1.0, math.inf, 3.0], [2.0, 2.0, 2.0])
+    assert found["gradient norm, median"] == [2.0, 2.0]
+    assert found["gradient norm, greatest"] == [3.0, 2.0]
+    assert found["intervals with a norm that is not finite"] == [1.0, 0.0]
+    at_start = found["features at the output before training, RMS"]
+    assert at_start[0] == at_start[1] > 0
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert "intervals with a norm that is not finite" not in columns([1.0])
+
+
 def test_a_study_runs_compares_and_judges_once(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     project.set(narrow)

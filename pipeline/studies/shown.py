@@ -130,12 +130,17 @@ def _gradients(name: str, of_variant: dict[str, Rows]) -> Chart:
 
 
 def _gradient_columns(rows: Rows) -> Columns:
-    """Percentiles over the intervals of each one's greatest norm; features before training."""
-    norms = [[point["train/gradient_norm"] for point in row["curves"]] for row in rows]
+    """Percentiles over the intervals of each one's greatest norm, where that is finite; features
+    before training."""
+    norms = [np.array([point["train/gradient_norm"] for point in row["curves"]]) for row in rows]
+    finite = [of_seed[np.isfinite(of_seed)] for of_seed in norms]
     columns = {
-        f"gradient norm, {words}": [float(np.percentile(of_seed, share)) for of_seed in norms]
+        f"gradient norm, {words}": [float(np.percentile(of_seed, share)) for of_seed in finite]
         for words, share in (("median", 50), ("99%", 99), ("greatest", 100))
     }
+    beyond = [float(len(all_of_it) - len(f)) for all_of_it, f in zip(norms, finite, strict=True)]
+    if any(beyond):
+        columns["intervals with a norm that is not finite"] = beyond
     at_start = [_features_at_start(row["recipe"]) for row in rows]
     return columns | {"features at the output before training, RMS": at_start}
 
