@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ MOST_NESTING = 20
 MOST_VALUES = 50_000  # with every alias written out
 MOST_CHARACTERS = 10_000  # of one value
 
-_Parser = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, some ten times as fast
+
+class _Parser(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """libyaml's, some ten times as fast; numbers as 1e-05, which DVC writes, are YAML 1.2's."""
+
+
+_Parser.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
 
 
 def read_yaml(path: Path, remedy: str = "mend it there") -> Any:

@@ -158,6 +158,15 @@ def test_yaml_from_outside_is_read_or_refused_in_a_sentence(text: str, words: st
     assert len(str(found.value)) < 500
 
 
+def test_numbers_are_read_as_dvc_writes_them() -> None:
+    """`dvc exp run -S recipes.digits.train.learning_rate=1e-5` puts 1e-05 into params.yaml."""
+    text = "[1e-05, 1e+30, -2E5, 1.5e3, .5e1, 1.0e-3, 12, 1.5, 'e5', e5, 1e, 1_e5, 0x1e5, 1e5a]"
+    found = parse_yaml(text, "file")
+    assert found == [1e-5, 1e30, -2e5, 1.5e3, 5.0, 1e-3, 12, 1.5, "e5", "e5", "1e", "1_e5", 0x1E5,
+                     "1e5a"]  # fmt: skip
+    assert [type(value) for value in found[:6]] == [float] * 6
+
+
 def test_yaml_within_bounds_is_what_it_was(tmp_path: Path) -> None:
     path = tmp_path / "file.yaml"
     path.write_text("base: &base {a: 1}\nother: {<<: *base, b: 2}\n")
