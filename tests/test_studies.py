@@ -176,7 +176,6 @@ def test_a_declaration_that_does_not_do_is_one_sentence(
         load_study("other", path)
 
 
-@pytest.mark.integration
 def test_norms_that_are_not_finite_are_counted_beside_the_percentiles() -> None:
     """JSON has no infinity, and a percentile would be one."""
     recipe = load_recipe("digits", ROOT / "params.yaml")
@@ -197,6 +196,7 @@ def test_norms_that_are_not_finite_are_counted_beside_the_percentiles() -> None:
     assert "intervals with a norm that is not finite" not in columns([1.0])
 
 
+@pytest.mark.integration
 def test_a_study_runs_compares_and_judges_once(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     project.set(narrow)

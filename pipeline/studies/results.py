@@ -210,7 +210,9 @@ def markdown(table: dict[str, Any]) -> str:
     """The table for people: every variant, every comparison, the verdict."""
     short = " (the short version)" if table["mini"] else ""
     heads = ["variant", "seeds", "validation", "test", "skipped updates", "minutes a cell"]
-    heads += next(iter(table["variants"].values()))["shown"]
+    # A variant may have a column of its own.
+    further = dict.fromkeys(head for each in table["variants"].values() for head in each["shown"])
+    heads += further
     lines = [
         f"# {table['study']}{short}", "", f"Claim: {table['claim']}", "",
         f"The paper: {table['paper']}", "",
@@ -224,7 +226,8 @@ def markdown(table: dict[str, Any]) -> str:
         minutes = statistics.mean(cell["minutes"] for cell in cells)
         shown = [_plus_minus(figures[split]["mean"], figures[split]["stdev"]) for split in SPLITS]
         row = [variant, figures["seeds"], *shown, skipped, f"{minutes:.1f}"]
-        row += [f"{statistics.fmean(by_seed):.3g}" for by_seed in figures["shown"].values()]
+        columns = [figures["shown"].get(head) for head in further]
+        row += [f"{statistics.fmean(by_seed):.3g}" if by_seed else "" for by_seed in columns]
         lines.append(f"| {' | '.join(map(str, row))} |")
     if table["comparisons"]:
         percent = f"{100 * table['level']:g}%"
