@@ -81,6 +81,7 @@ def test_a_gelu_that_is_computed_again_gives_the_same_bits(
 ) -> None:
     """A convolution of a GELU that keeps its input alone, and its twin that keeps both."""
     monkeypatch.setattr(layers, "_SMALL", 0)
+    monkeypatch.setattr(layers, "_ONEDNN_GELU", 0)
     generator = torch.Generator().manual_seed(0)
     order = torch.channels_last if channels_last else torch.contiguous_format
     convolution = Pointwise(6, 5) if kernel == 1 else torch.nn.Conv2d(6, 5, 3, padding=1)
@@ -104,7 +105,8 @@ def test_a_gelu_that_is_computed_again_gives_the_same_bits(
         assert torch.autograd.gradcheck(layers._ConvolutionOfGelu.apply, inputs)
 
 
-def test_gelu_is_the_same_function_in_both_memory_orders() -> None:
+def test_gelu_is_the_same_function_in_both_memory_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_ONEDNN_GELU", 0)
     x_BDHW = torch.linspace(-9, 9, 6400, dtype=torch.float64).reshape(2, 8, 20, 20)
     exact = x_BDHW * 0.5 * torch.erfc(-x_BDHW / 2**0.5)
     for dtype, atol in ((torch.float64, 1e-14), (torch.float32, 2e-6)):
@@ -115,6 +117,7 @@ def test_gelu_is_the_same_function_in_both_memory_orders() -> None:
 
 
 def test_a_step_that_computes_gelus_again_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_ONEDNN_GELU", 0)
     plain, figures = stepped(channels_last=True)
     kept = summarise(WIDER).activation_bytes
     monkeypatch.setattr(layers, "_SMALL", 0)
