@@ -19,8 +19,7 @@ from conftest import ROOT
 from test_shards import CUTS, Counting, config, write
 
 from pipeline.shards import BlockCache, Manifest, ShardReader
-from pipeline.shards.decode import Decoded
-from pipeline.shards.reader import _Reading
+from pipeline.shards.reader import _Reading, _with_next
 from pipeline.storage import FileStore
 from vdvae.config import UserError
 
@@ -68,18 +67,25 @@ def test_a_disk_that_keeps_nothing_right_ends_it(made, tmp_path, monkeypatch, ca
 
 def test_what_was_reserved_on_disk_is_kept_until_it_is_written(tmp_path):
     cache, sizes = cache_in(tmp_path), []
-
-    class Watched(np.ndarray):
-        @property
-        def data(self):
-            sizes.append((cache.folder / "a.tmp").stat().st_size)
-            return np.asarray(self).data
-
     pixels = np.zeros((2, 3, 6, 6), np.uint8)
-    assert cache.add("a", 2, pixels.size, lambda: Decoded(["x", "y"], pixels.view(Watched)))
-    assert sizes and min(sizes) >= pixels.size
+
+    def decode():
+        for key, x_CHW in zip(["x", "y"], pixels, strict=True):
+            sizes.append((cache.folder / "a.tmp").stat().st_size)
+            yield key, x_CHW
+
+    assert cache.add("a", 2, pixels.size, decode)
+    assert len(sizes) == 2 and min(sizes) >= pixels.size
     block = cache.open("a", pixels.shape)
     assert block and block.keys_N == ["x", "y"]
+
+
+def test_each_process_has_a_shard_to_go_on_with_while_a_window_is_read():
+    windows = [(0,), (1, 2), (3,), (4,)]
+    runs = [(window, np.arange(3)) for window in windows]
+    following = [part.following for part in _with_next(iter(runs), 2)]
+    assert following == [(1, 2), (3, 4), (4,), ()]
+    assert [part.window for part in _with_next(iter(runs), 1)] == windows
 
 
 def test_a_shard_that_could_not_be_read_ahead_is_asked_for_again(made, tmp_path):

@@ -69,7 +69,7 @@ def _suits_onednn(x_BDHW: Tensor) -> bool:
     return channels_last and x_BDHW.is_cpu and x_BDHW.numel() >= _ONEDNN_GELU
 
 
-_SMALL = 2**16  # numbers per image, of which a GELU kept is little memory, and a call of Python's time
+_SMALL = 2**16  # numbers per image: below, a GELU is little memory, and a call of Python's its time
 
 
 def after_gelu(convolution: nn.Conv2d, x_BDHW: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -41,6 +41,7 @@ from vdvae.files import open_lock
 
 _RESERVE_BYTES = 2**30  # of the disk, for everything else
 _KEY_BYTES = 100  # of a key in the file, about
+Decode = Callable[[], Iterable[tuple[str, NDArray[np.uint8]]]]
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -158,14 +159,14 @@ class BlockCache:
         print(f"{path}: is damaged; decodes its shard again", file=sys.stderr, flush=True)
         path.unlink(missing_ok=True)
 
-    def add(self, name: str, images: int, pixel_bytes: int, decode: Callable[[], Decoded]) -> bool:
+    def add(self, name: str, images: int, pixel_bytes: int, decode: Decode) -> bool:
         """Makes a block, unless another process has made it or does so now: then waits for that.
 
         Args:
             name: of the block.
             images: in it.
             pixel_bytes: of all its images.
-            decode: gives what goes into it; its errors pass through.
+            decode: gives key and x_CHW of each image; its errors pass through.
 
         Returns:
             Whether the block is there; False where there is no room for it.
@@ -198,17 +199,16 @@ class BlockCache:
                 raise self._failure(error) from error
         return True
 
-    def _fill(
-        self, file: BinaryIO, temporary: Path, name: str, decode: Callable[[], Decoded]
-    ) -> None:
+    def _fill(self, file: BinaryIO, temporary: Path, name: str, decode: Decode) -> None:
         # No fsync: what a power cut leaves of a block does not have its CRCs.
         try:
-            keys_N, x_NCHW = decode()
-            crc_N = np.array([zlib.crc32(x_CHW) for x_CHW in x_NCHW], "<u4")
-            index = crc_N.tobytes() + json.dumps(keys_N).encode()
-            crc = zlib.crc32(index).to_bytes(4, "little")
-            for part in (x_NCHW.data.cast("B"), index, crc):
-                file.write(part)
+            keys_N, crcs_N = [], []
+            for key, x_CHW in decode():  # one after the other, while it is in the CPU's cache
+                file.write(x_CHW.data)
+                keys_N.append(key)
+                crcs_N.append(zlib.crc32(x_CHW.data))
+            index = np.array(crcs_N, "<u4").tobytes() + json.dumps(keys_N).encode()
+            file.write(index + zlib.crc32(index).to_bytes(4, "little"))
             file.truncate()  # what was reserved for longer keys
             file.flush()
             temporary.replace(self._path(name))

@@ -50,32 +50,41 @@ class Decoder:
             store=store,
         )
 
-    def decode(self, shard: Shard) -> Decoded:
-        """The images of a shard.
+    def images(self, shard: Shard) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        """Key and x_CHW of each image of a shard, in its order, as they are decoded.
 
         Raises:
-            UserError: it is missing, or is not, byte for byte and image for image, what the
-                manifest says.
+            UserError: the shard is missing, or is not, byte for byte and image for image, what the
+                manifest says; some of it, after all images were given.
         """
-        height, width, channels = self.shape
         data = self._verified(shard)
-        x_NCHW = np.empty((shard.images, channels, height, width), np.uint8)
-        keys: list[str] = []
+        keys: set[str] = set()
+        found = 0
         try:
             for key, png in _files(data):
-                image_HWC = self._pixels(png)
-                if len(keys) < shard.images:
-                    x_NCHW[len(keys)] = image_HWC.transpose(2, 0, 1)
-                keys.append(key)
-            if len(set(keys)) != len(keys):
-                raise ValueError("two images have one name")
+                x_CHW = np.ascontiguousarray(self._pixels(png).transpose(2, 0, 1))
+                on_CHW = on_levels(x_CHW, self.num_levels)
+                if on_CHW is not x_CHW and not np.array_equal(on_CHW, x_CHW):
+                    raise ValueError(f"an image is not on {self.num_levels} levels")
+                if key in keys:
+                    raise ValueError("two images have one name")
+                keys.add(key)
+                found += 1
+                if found <= shard.images:
+                    yield key, x_CHW
         except Exception as error:  # tarfile and Pillow raise all sorts of things at odd bytes
             raise self.refusal(shard, f"cannot be read ({error})") from error
-        if len(keys) != shard.images:
-            raise self.refusal(shard, f"{len(keys)} images instead of {shard.images}")
-        on_NCHW = on_levels(x_NCHW, self.num_levels)
-        if on_NCHW is not x_NCHW and not np.array_equal(on_NCHW, x_NCHW):
-            raise self.refusal(shard, f"an image is not on {self.num_levels} levels")
+        if found != shard.images:
+            raise self.refusal(shard, f"{found} images instead of {shard.images}")
+
+    def decode(self, shard: Shard) -> Decoded:
+        """All images of a shard; raises as `images` does."""
+        height, width, channels = self.shape
+        x_NCHW = np.empty((shard.images, channels, height, width), np.uint8)
+        keys: list[str] = []
+        for key, x_CHW in self.images(shard):
+            x_NCHW[len(keys)] = x_CHW
+            keys.append(key)
         return Decoded(keys, x_NCHW)
 
     def _verified(self, shard: Shard) -> bytes:

@@ -171,7 +171,7 @@ class ShardReader:
         ahead = max(1, min(_AHEAD_BATCHES, _AHEAD_BYTES // batch_bytes))
         ready: deque[tuple[Future[list[str]], torch.Tensor]] = deque()
         try:
-            for parts in _parts(_with_next(runs), batch_size):
+            for parts in _parts(_with_next(runs, max(1, self.workers)), batch_size):
                 # Pinned where this process uses a GPU, to which it is then copied beside its work.
                 # Here, so that the thread, which may be cut off by the program's end, runs no
                 # PyTorch, which would take that for a crash.
@@ -225,8 +225,8 @@ class _Reading:
             before += len(part.rows)
         return keys_B
 
-    def _enter(self, window: _Window, following: _Window) -> None:
-        """Lets go of the window before, and has this one made and then the next one."""
+    def _enter(self, window: _Window, following: tuple[int, ...]) -> None:
+        """Lets go of the window before, and has this one made and then what follows."""
         self._window = window
         near = {*window, *following}
         self._held = {n: block for n, block in self._held.items() if n in near and _useful(block)}
@@ -300,15 +300,20 @@ def _every(runs: Iterable[_Run], period: int, start: int, stop: int) -> Iterator
         before += len(rows)
 
 
-def _with_next(runs: Iterable[_Run]) -> Iterator[_Part]:
-    """Each run with the window of the one that follows it."""
-    last: _Run | None = None
+def _with_next(runs: Iterable[_Run], shards: int) -> Iterator[_Part]:
+    """Each run with the shards of those that follow it, at least so many where there are."""
+    ahead: deque[_Run] = deque()
+
+    def first() -> _Part:
+        run = ahead.popleft()
+        return _Part(*run, tuple(number for window, _ in ahead for number in window))
+
     for run in runs:
-        if last:
-            yield _Part(*last, following=run[0])
-        last = run
-    if last:
-        yield _Part(*last, following=())
+        ahead.append(run)
+        while sum(len(window) for window, _ in ahead) - len(ahead[0][0]) >= shards:
+            yield first()
+    while ahead:
+        yield first()
 
 
 def _parts(runs: Iterable[_Part], batch_size: int) -> Iterator[list[_Part]]:
@@ -332,8 +337,8 @@ _Run = tuple[_Window, NDArray[np.int64]]  # rows of a window, in the order they 
 
 
 class _Part(NamedTuple):
-    """Rows of a window that come one after the other, and the window after it."""
+    """Rows of a window that come one after the other, and the shards after them."""
 
     window: _Window
     rows: NDArray[np.int64]
-    following: _Window
+    following: tuple[int, ...]

@@ -103,11 +103,11 @@ class BlockMaker:
             shard: which.
             keep: False gives nothing at all where the cache has no room.
         """
-        decode = partial(self.decoder.decode, shard)
+        decode = partial(self.decoder.images, shard)
         pixels = shard.images * math.prod(self.decoder.shape)
         if self.cache.add(self._name(shard), shard.images, pixels, decode) or not keep:
             return None
-        return decode()
+        return self.decoder.decode(shard)
 
     def drop(self, shard: Shard) -> None:
         """Removes a damaged block from the cache."""
