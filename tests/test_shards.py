@@ -15,7 +15,6 @@ import os
 import signal
 import tarfile
 import time
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +26,7 @@ import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from s3_server import s3_server
+from sklearn.datasets import load_sample_image
 from tar_members import extended, member
 
 from pipeline import storage
@@ -968,25 +968,32 @@ def test_only_well_compressed_plain_pngs_are_handed_through(tmp_path, monkeypatc
     assert len(np.unique(x_BCHW)) <= 32
 
 
-def test_a_drawing_is_searched_for_matches_and_a_photograph_for_runs_alone(tmp_path):
-    random = np.random.RandomState(0)
-    tile = random.randint(0, 256, (16, 16, 3))
-    walks = random.randint(-9, 10, (64, 64, 3)).cumsum(0).cumsum(1)
+def test_a_photograph_is_encoded_the_fastest_way_and_others_as_small_as_before(tmp_path):
+    tile = np.random.RandomState(0).randint(0, 256, (16, 16, 3)).astype(np.uint8)
+    drawing = np.tile(tile, (4, 4, 1))
+    photograph = load_sample_image("china.jpg")[100:164, 200:264]
+    coarse = on_levels(photograph, 32)  # the averages of its pixels are between its levels
 
     def stored(image_HWC: np.ndarray) -> bytes:
-        image = Loaded(image_HWC.astype(np.uint8))
         shard = writer._ShardWriter()
-        shard.add("one", image, 256)
+        shard.add("one", Loaded(image_HWC), 256)
         found = shard.store("r", "train", FileStore(tmp_path))
         with tarfile.open(tmp_path / found["key"]) as tar:
             return tar.extractfile("one.png").read()
 
-    drawing, photograph = np.tile(tile, (4, 4, 1)), walks // 99 + random.randint(0, 8, walks.shape)
-    for image_HWC, strategy in ((drawing, -1), (photograph, zlib.Z_RLE)):
-        file = io.BytesIO()
-        Image.fromarray(image_HWC.astype(np.uint8)).save(file, "PNG", compress_type=strategy)
-        assert stored(image_HWC) == file.getvalue()
+    for image_HWC, encode in zip((photograph, coarse, drawing), writer._ENCODERS, strict=True):
+        assert stored(image_HWC) == encode(image_HWC)
+        assert len(encode(image_HWC)) <= 1.06 * len(writer._by_pillow(image_HWC))
     assert len(stored(drawing)) < drawing.size / 4
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 3), (2, 9, 1), (64, 64, 3)])
+def test_every_encoder_gives_the_pixels_back(shape):
+    image_HWC = np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
+    for encode in writer._ENCODERS:
+        with Image.open(io.BytesIO(encode(image_HWC))) as picture:
+            assert picture.mode == {1: "L", 3: "RGB"}[shape[2]]
+            np.testing.assert_array_equal(np.asarray(picture).reshape(shape), image_HWC)
 
 
 def test_a_folder_of_odd_files_alone_names_them(tmp_path, monkeypatch):
