@@ -53,7 +53,7 @@ def params() -> dict[str, Any]:
         ("train", "stesp", 3, "train.stesp: unknown key (did you mean 'steps'?)"),
         ("train", "steps", "many", "train.steps: 'many' is not a whole number"),
         ("train", "steps", 0, "train.steps: 0 is out of bounds; it must be from 1 to"),
-        ("train", "learning_rate", "2e-4", "train.learning_rate: '2e-4' is not a finite number"),
+        ("train", "learning_rate", "2 e-4", "train.learning_rate: '2 e-4' is not a finite number"),
         ("train", "precision", "fp8", "train.precision: 'fp8' is not one of 'fp32'"),
         ("train", "validate_every", 7, "is not a multiple of train.log_every"),
         ("data", "source", "mnist", "data.source: 'mnist' is not one of 'digits'"),
