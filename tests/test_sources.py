@@ -465,6 +465,7 @@ def rows_png(*chunks: bytes, kind: int = 2, rest: bytes = b"", level: int = 6) -
 
 IEND = chunk(b"IEND", b"")
 HIDDEN = os.urandom(2**20)
+TURN = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"  # orientation 6
 TEXT = {  # Pillow takes such a word for its own note that the rows are interlaced
     "tEXt": chunk(b"tEXt", b"interlace\x001"),
     "zTXt": chunk(b"zTXt", b"interlace\0\0" + zlib.compress(b"1")),
@@ -487,9 +488,14 @@ ANEW = {
     "a header behind a note": (lambda png: png[:8] + TEXT["tEXt"] + png[8:])(rows_png()),
     "a transparent colour": rows_png(chunk(b"tRNS", bytes(6))),
     "a palette": rows_png(chunk(b"PLTE", bytes(3))),
-    "turned": rows_png(
-        chunk(b"eXIf", b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0")
+    "turned": rows_png(chunk(b"eXIf", TURN)),
+    "turned by a profile": rows_png(
+        chunk(b"tEXt", b"Raw profile type exif\0\nexif\n34\n" + TURN.hex().encode())
     ),
+    "turned by XMP": rows_png(
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + b'tiff:Orientation="6"')
+    ),
+    "many chunks": rows_png(*[chunk(b"IDAT", b"")] * 2**14),
     "grey with alpha": rows_png(kind=4),
     "16 bits": deep_png(2),
     "no end": rows_png()[: -len(IEND)],
@@ -506,6 +512,9 @@ def test_a_png_that_is_kept_has_the_decoded_pixels_and_nothing_else(name: str) -
         assert name in ("no end", "a header behind a note")
         return
     assert (png is not None) == (name in KEPT)
+    if name.startswith("turned"):
+        unturned = decode(KEPT["plain"], name, channels)
+        assert picture.tobytes() == unturned.transpose(Image.Transpose.ROTATE_270).tobytes()
     if png is not None:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as stored:  # as a shard's are read
             assert stored.mode == picture.mode and stored.tobytes() == picture.tobytes()

@@ -54,7 +54,7 @@ from vdvae.config import UserError
 from vdvae.files import atomic_write, atomic_write_json, sha256_of
 
 STATES = "shards"  # in VDVAE_RUNS: what sharding that was interrupted goes on from
-_LARGER = 1.06  # a shard may be, to be made several times as fast
+_LARGER = 1.06  # the first image encoded may be, for its shard to be made much faster
 _HERE = Path(__file__).parent
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import math
 import re
 import struct
@@ -26,6 +27,9 @@ _NOTES = {
     *(b"tEXt", b"zTXt", b"iTXt", b"tIME", b"pHYs", b"bKGD"),
     *(b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT"),
 }
+# The words of those that may hold an orientation, which Pillow then applies.
+_TURNING = re.compile(rb"raw profile type |xml:com\.adobe\.xmp\0|xmp\0|exif\0", re.IGNORECASE)
+_MOST_CHUNKS = 2**14  # of a PNG that is handed through: with more it is encoded anew
 _HEADER_BYTES = 1024  # that a PNG may have beside its pixels
 _COMPRESSED_WELL = (2, 3)  # FLEVEL: by zlib's level 6, which is the default, or a higher one
 _MOST_TOLD = 20  # odd files that are named one by one
@@ -170,25 +174,32 @@ def _plain_png(content: bytes, channels: int) -> bytes | None:
     colour = {1: 0, 3: 2}[channels]
     if content[:16] != _PNG + _IHDR or content[24:29] != bytes([8, colour, 0, 0, 0]):
         return None
-    header, *others = _chunks(content)
-    data = [chunk for chunk in others if chunk[4:8] == b"IDAT"]
-    kinds = [chunk[4:8] for chunk in others if chunk[4:8] != b"IDAT"]
-    level = b"".join(chunk[8:-4] for chunk in data)[1:2]
-    if {*kinds[:-1]} - _NOTES or kinds[-1:] != [b"IEND"] or others[-1][4:8] != b"IEND":
+    most = math.prod(struct.unpack(">II", content[16:24])) * channels + _HEADER_BYTES
+    (_, begin, at), *others = itertools.islice(_chunks(content), _MOST_CHUNKS)
+    parts, size, ended = [_PNG, content[begin:at]], at, False
+    for kind, begin, at in others:
+        if ended or kind not in (b"IDAT", b"IEND", *_NOTES):
+            return None
+        if kind in (b"tEXt", b"zTXt", b"iTXt") and _TURNING.match(content, begin + 8):
+            return None
+        ended = kind == b"IEND"
+        if kind == b"IDAT":
+            size += at - begin
+            if size + len(_IEND) > most:
+                return None
+            parts.append(content[begin:at])
+    level = b"".join(part[8:-4] for part in parts[2:])[1:2]
+    if not ended or at < len(content) or not level or level[0] >> 6 not in _COMPRESSED_WELL:
         return None
-    if not level or level[0] >> 6 not in _COMPRESSED_WELL:
-        return None
-    png = b"".join([_PNG, header, *data, _IEND])
-    pixels = math.prod(struct.unpack(">II", content[16:24])) * channels
-    return png if len(png) <= pixels + _HEADER_BYTES else None
+    return b"".join([*parts, _IEND])
 
 
-def _chunks(content: bytes) -> Iterator[bytes]:
-    """Those of a PNG, each whole: its length, its kind, what it holds, a checksum."""
+def _chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Those of a PNG: the kind, and where the whole chunk begins and ends."""
     at = len(_PNG)
     while at < len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
-        yield content[at:end]
+        yield content[at + 4 : at + 8], at, end
         at = end
 
 
