@@ -19,7 +19,7 @@ from conftest import ROOT
 from test_shards import CUTS, Counting, config, write
 
 from pipeline.shards import BlockCache, Manifest, ShardReader
-from pipeline.shards.reader import _Reading, _with_next
+from pipeline.shards.reader import _Reading, _with_following
 from pipeline.storage import FileStore
 from vdvae.config import UserError
 
@@ -83,9 +83,9 @@ def test_what_was_reserved_on_disk_is_kept_until_it_is_written(tmp_path):
 def test_each_process_has_a_shard_to_go_on_with_while_a_window_is_read():
     windows = [(0,), (1, 2), (3,), (4,)]
     runs = [(window, np.arange(3)) for window in windows]
-    following = [part.following for part in _with_next(iter(runs), 2)]
+    following = [part.following for part in _with_following(iter(runs), 2)]
     assert following == [(1, 2), (3, 4), (4,), ()]
-    assert [part.window for part in _with_next(iter(runs), 1)] == windows
+    assert [part.window for part in _with_following(iter(runs), 1)] == windows
 
 
 def test_a_shard_that_could_not_be_read_ahead_is_asked_for_again(made, tmp_path):

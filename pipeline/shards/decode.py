@@ -59,7 +59,6 @@ class Decoder:
         """
         data = self._verified(shard)
         keys: set[str] = set()
-        found = 0
         try:
             for key, png in _files(data):
                 x_CHW = np.ascontiguousarray(self._pixels(png).transpose(2, 0, 1))
@@ -69,13 +68,12 @@ class Decoder:
                 if key in keys:
                     raise ValueError("two images have one name")
                 keys.add(key)
-                found += 1
-                if found <= shard.images:
+                if len(keys) <= shard.images:
                     yield key, x_CHW
         except Exception as error:  # tarfile and Pillow raise all sorts of things at odd bytes
             raise self.refusal(shard, f"cannot be read ({error})") from error
-        if found != shard.images:
-            raise self.refusal(shard, f"{found} images instead of {shard.images}")
+        if len(keys) != shard.images:
+            raise self.refusal(shard, f"{len(keys)} images instead of {shard.images}")
 
     def decode(self, shard: Shard) -> Decoded:
         """All images of a shard; raises as `images` does."""

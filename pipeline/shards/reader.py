@@ -171,7 +171,7 @@ class ShardReader:
         ahead = max(1, min(_AHEAD_BATCHES, _AHEAD_BYTES // batch_bytes))
         ready: deque[tuple[Future[list[str]], torch.Tensor]] = deque()
         try:
-            for parts in _parts(_with_next(runs, max(1, self.workers)), batch_size):
+            for parts in _parts(_with_following(runs, max(1, self.workers)), batch_size):
                 # Pinned where this process uses a GPU, to which it is then copied beside its work.
                 # Here, so that the thread, which may be cut off by the program's end, runs no
                 # PyTorch, which would take that for a crash.
@@ -300,20 +300,22 @@ def _every(runs: Iterable[_Run], period: int, start: int, stop: int) -> Iterator
         before += len(rows)
 
 
-def _with_next(runs: Iterable[_Run], shards: int) -> Iterator[_Part]:
+def _with_following(runs: Iterable[_Run], shards: int) -> Iterator[_Part]:
     """Each run with the shards of those that follow it, at least so many where there are."""
     ahead: deque[_Run] = deque()
 
     def first() -> _Part:
-        run = ahead.popleft()
-        return _Part(*run, tuple(number for window, _ in ahead for number in window))
+        (window, rows), *others = ahead
+        return _Part(window, rows, tuple(number for after, _ in others for number in after))
 
     for run in runs:
         ahead.append(run)
-        while sum(len(window) for window, _ in ahead) - len(ahead[0][0]) >= shards:
-            yield first()
+        while len((part := first()).following) >= shards:
+            yield part
+            ahead.popleft()
     while ahead:
         yield first()
+        ahead.popleft()
 
 
 def _parts(runs: Iterable[_Part], batch_size: int) -> Iterator[list[_Part]]:

@@ -46,7 +46,7 @@ from pipeline.shards.manifest import (
     shard_key,
     shard_name,
 )
-from pipeline.sources.decode import OddImage, OddImages
+from pipeline.sources.decode import PNG_COLOURS, PNG_SIGNATURE, OddImage, OddImages
 from pipeline.sources.source import Item, Loaded, Source, on_levels
 from pipeline.storage import Store
 from pipeline.system.process import exclusive_lock
@@ -348,13 +348,18 @@ class _ShardWriter:
         self._tar.write({"__key__": key, "png": png})
 
     def _encoded(self, image_HWC: NDArray[np.uint8]) -> bytes:
-        """A PNG by the fastest way that makes the shard's first image not much larger."""
-        if self._encode is None:
-            *fast, thorough = _ENCODERS
-            most = _LARGER * len(thorough(image_HWC))
-            small = (encode for encode in fast if len(encode(image_HWC)) <= most)
-            self._encode = next(small, thorough)
-        return self._encode(image_HWC)
+        """A PNG by the fastest way that makes the first image encoded not much larger."""
+        if self._encode:
+            return self._encode(image_HWC)
+        *fast, thorough = _ENCODERS
+        smallest = thorough(image_HWC)
+        for encode in fast:
+            png = encode(image_HWC)
+            if len(png) <= _LARGER * len(smallest):
+                self._encode = encode
+                return png
+        self._encode = thorough
+        return smallest
 
     def store(self, recipe: str, split: str, store: Store) -> dict[str, Any]:
         """Closes and stores it; what the manifest needs to know of it."""
@@ -433,9 +438,9 @@ def _averaged(image_HWC: NDArray[np.uint8]) -> bytes:
     rows[:, 1:] = differences.astype(np.uint8).reshape(height, -1)
     compressor = zlib.compressobj(strategy=zlib.Z_RLE)
     content = compressor.compress(rows.data) + compressor.flush()
-    header = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2}[channels], 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, PNG_COLOURS[channels], 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", content), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
+    return PNG_SIGNATURE + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks
     )

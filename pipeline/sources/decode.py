@@ -21,13 +21,16 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _EXIF_ORIENTATION = 0x0112
 _SIXTEEN_BITS = ("I;16", "I;16B", "I")  # grey; colour comes from Pillow with 8
 _EIGHT_BITS = ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-_PNG, _IHDR, _IEND = b"\x89PNG\r\n\x1a\n", b"\0\0\0\rIHDR", b"\0\0\0\0IEND\xaeB`\x82"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_COLOURS = {1: 0, 3: 2}  # its number for so many channels
+_IHDR, _IEND = b"\0\0\0\rIHDR", b"\0\0\0\0IEND\xaeB`\x82"
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 # Of a PNG: how its 8-bit pixels are to be shown, by whom and when they were made.
-_NOTES = {
-    *(b"tEXt", b"zTXt", b"iTXt", b"tIME", b"pHYs", b"bKGD"),
+_NOTES = (
+    *(*_TEXTS, b"tIME", b"pHYs", b"bKGD"),
     *(b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT"),
-}
-# The words of those that may hold an orientation, which Pillow then applies.
+)
+# The words of texts that may hold an orientation, which Pillow then applies.
 _TURNING = re.compile(rb"raw profile type |xml:com\.adobe\.xmp\0|xmp\0|exif\0", re.IGNORECASE)
 _MOST_CHUNKS = 2**14  # of a PNG that is handed through: with more it is encoded anew
 _HEADER_BYTES = 1024  # that a PNG may have beside its pixels
@@ -171,16 +174,16 @@ def _plain_png(content: bytes, channels: int) -> bytes | None:
     chunks that might change its pixels, or is too large: it was compressed in haste, as its zlib
     header says (RFC 1950, FLEVEL), or takes more bytes than its pixels.
     """
-    colour = {1: 0, 3: 2}[channels]
-    if content[:16] != _PNG + _IHDR or content[24:29] != bytes([8, colour, 0, 0, 0]):
+    kind_of_pixels = bytes([8, PNG_COLOURS[channels], 0, 0, 0])
+    if content[:16] != PNG_SIGNATURE + _IHDR or content[24:29] != kind_of_pixels:
         return None
     most = math.prod(struct.unpack(">II", content[16:24])) * channels + _HEADER_BYTES
     (_, begin, at), *others = itertools.islice(_chunks(content), _MOST_CHUNKS)
-    parts, size, ended = [_PNG, content[begin:at]], at, False
+    parts, size, ended = [PNG_SIGNATURE, content[begin:at]], at, False
     for kind, begin, at in others:
         if ended or kind not in (b"IDAT", b"IEND", *_NOTES):
             return None
-        if kind in (b"tEXt", b"zTXt", b"iTXt") and _TURNING.match(content, begin + 8):
+        if kind in _TEXTS and _TURNING.match(content, begin + 8):
             return None
         ended = kind == b"IEND"
         if kind == b"IDAT":
@@ -196,7 +199,7 @@ def _plain_png(content: bytes, channels: int) -> bytes | None:
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
     """Those of a PNG: the kind, and where the whole chunk begins and ends."""
-    at = len(_PNG)
+    at = len(PNG_SIGNATURE)
     while at < len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
         yield content[at + 4 : at + 8], at, end

@@ -6,11 +6,9 @@ import shutil
 
 import pytest
 import torch
-from test_fast_paths import WIDER, gradients, stepped
-from test_training import batches, settings
+from test_fast_paths import gradients, kept_bytes, stepped
 
 from vdvae import layers
-from vdvae.training import start
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
@@ -25,21 +23,6 @@ def test_compiled_blocks_of_every_kind_are_the_same_step() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
 def test_compiled_blocks_keep_no_more_than_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each keeps what its GELUs read, not what they give."""
-
     monkeypatch.setattr(layers, "_SMALL", 0)
-
-    def kept(compile: bool) -> int:
-        config = settings(compile=compile, channels_last=True)
-        state = start(WIDER, config, torch.device("cpu"))
-        sizes: dict[int, int] = {}
-
-        def pack(x: torch.Tensor) -> torch.Tensor:
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            state.forward(next(batches(0)), torch.randn(4, WIDER.num_latents))
-        weights = {p.untyped_storage().data_ptr() for p in state.model.parameters()}
-        return sum(size for pointer, size in sizes.items() if pointer not in weights)
-
-    assert kept(True) < 1.05 * kept(False)
+    plain = kept_bytes(channels_last=True)
+    assert kept_bytes(channels_last=True, compile=True) < 1.05 * plain
