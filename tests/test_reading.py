@@ -236,7 +236,7 @@ def test_workers_raise_what_went_wrong_and_end_with_the_pass(made, tmp_path):
     stream = reader.batches(4, seed=0, start=0)
     killer = threading.Thread(target=kill_the_first_decoder)
     killer.start()
-    with pytest.raises(UserError, match=r"the process that was decoding it ended with -9"):
+    with pytest.raises(UserError, match=r"the process that decodes it ended with -9"):
         list(itertools.islice(stream, 10))
     killer.join()
 

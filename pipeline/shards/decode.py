@@ -5,19 +5,22 @@ Shapes: N images of a shard, C channels, H W pixels.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from imagecodecs import png_decode
 from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.shards.manifest import KEY, Manifest, Shard
+from pipeline.sources.decode import png_head
 from pipeline.sources.source import on_levels
 from pipeline.sources.tars import members
 from pipeline.storage import ObjectMissing, Store
@@ -50,14 +53,20 @@ class Decoder:
             store=store,
         )
 
-    def images(self, shard: Shard) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    def images(
+        self, shard: Shard, fetch: Callable[[], bytes] | None = None
+    ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         """Key and x_CHW of each image of a shard, in its order, as they are decoded.
+
+        Args:
+            shard: which.
+            fetch: gives what `self.fetch` would give, which is called by default.
 
         Raises:
             UserError: the shard is missing, or is not, byte for byte and image for image, what the
                 manifest says; some of it, after all images were given.
         """
-        data = self._verified(shard)
+        data = fetch() if fetch else self.fetch(shard)
         keys: set[str] = set()
         try:
             for key, png in _files(data):
@@ -75,17 +84,18 @@ class Decoder:
         if len(keys) != shard.images:
             raise self.refusal(shard, f"{len(keys)} images instead of {shard.images}")
 
-    def decode(self, shard: Shard) -> Decoded:
-        """All images of a shard; raises as `images` does."""
+    def decode(self, shard: Shard, fetch: Callable[[], bytes] | None = None) -> Decoded:
+        """All images of a shard; takes and raises what `images` does."""
         height, width, channels = self.shape
         x_NCHW = np.empty((shard.images, channels, height, width), np.uint8)
         keys: list[str] = []
-        for key, x_CHW in self.images(shard):
+        for key, x_CHW in self.images(shard, fetch):
             x_NCHW[len(keys)] = x_CHW
             keys.append(key)
         return Decoded(keys, x_NCHW)
 
-    def _verified(self, shard: Shard) -> bytes:
+    def fetch(self, shard: Shard) -> bytes:
+        """A shard's bytes, which are those that the manifest names, or UserError."""
         try:
             data = self.store.get(shard.key, limit=shard.bytes + 1)
         except ObjectMissing:
@@ -100,11 +110,17 @@ class Decoder:
         return data
 
     def _pixels(self, png: bytes) -> NDArray[np.uint8]:
-        height, width, channels = self.shape
-        with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
-            if picture.size != (width, height) or picture.mode != {1: "L", 3: "RGB"}[channels]:
-                raise ValueError(f"an image is {picture.mode} {picture.width}x{picture.height}")
-            return np.asarray(picture).reshape(self.shape)
+        if not png.startswith(self._head):
+            with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
+                what = f"an image is {picture.mode} {picture.width}x{picture.height}"
+            raise ValueError(f"{what} or not stored as 8-bit pixels row by row")
+        # libpng: twice as fast as Pillow, and unlike it lets other threads work meanwhile.
+        x_HWC: NDArray[np.uint8] = png_decode(png).reshape(self.shape)
+        return x_HWC
+
+    @functools.cached_property
+    def _head(self) -> bytes:
+        return png_head(*self.shape)
 
     def refusal(self, shard: Shard, what: str, also: str = "") -> UserError:
         """Why a shard is not taken, and what mends it."""

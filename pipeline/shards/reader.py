@@ -35,6 +35,7 @@ _SMALL_BYTES = 16 * 2**20  # a split of so few pixels is decoded in two seconds 
 _AHEAD_BATCHES, _AHEAD_BYTES = 4, 64 * 2**20  # most that are ready before they are asked for
 _END_SECONDS = 2.0  # what the end of a pass waits for the copy that is being made
 _OPEN_BLOCKS = 256  # files, of which a process may have 1024
+_SCAN_SHARDS = 64  # of a window that is read in order: it and the next are open at once
 
 
 class ShardReader:
@@ -124,7 +125,7 @@ class ShardReader:
 
         def rows() -> Iterator[_Run]:
             before = 0
-            for window in self._windows(range(len(self._shards))):
+            for window in self._windows(range(len(self._shards)), most=_SCAN_SHARDS):
                 count = self._count(window)
                 yield window, np.arange((rank - before) % ranks, count, ranks)
                 before += count
@@ -142,13 +143,13 @@ class ShardReader:
                     yield window, rows[skip:]
                 skip = max(0, skip - len(rows))
 
-    def _windows(self, order: Iterable[int]) -> Iterator[_Window]:
+    def _windows(self, order: Iterable[int], most: float = math.inf) -> Iterator[_Window]:
         # Sorted, so that a split of one window is the same window in every order.
         window: list[int] = []
         images = 0
         for number in order:
             more = self._shards[number].images
-            if window and images + more > self._window_images:
+            if window and (images + more > self._window_images or len(window) >= most):
                 yield tuple(sorted(window))
                 window, images = [], 0
             window.append(number)
@@ -171,7 +172,7 @@ class ShardReader:
         ahead = max(1, min(_AHEAD_BATCHES, _AHEAD_BYTES // batch_bytes))
         ready: deque[tuple[Future[list[str]], torch.Tensor]] = deque()
         try:
-            for parts in _parts(_with_following(runs, max(1, self.workers)), batch_size):
+            for parts in _parts(_with_following(runs, max(1, reading.ahead)), batch_size):
                 # Pinned where this process uses a GPU, to which it is then copied beside its work.
                 # Here, so that the thread, which may be cut off by the program's end, runs no
                 # PyTorch, which would take that for a crash.
@@ -201,6 +202,7 @@ class _Reading:
         self._with_keys, self._turn = with_keys, turn
         self._maker = reader.maker
         self._blocks = Blocks(reader.maker, reader.workers)
+        self.ahead = self._blocks.ahead
         self._window: _Window = ()
         self._held: dict[int, Future[Block | None]] = {}
 
@@ -229,17 +231,18 @@ class _Reading:
         """Lets go of the window before, and has this one made and then what follows."""
         self._window = window
         near = {*window, *following}
-        self._held = {n: block for n, block in self._held.items() if n in near and _useful(block)}
-        if len(near) > _OPEN_BLOCKS:
-            return  # each when it is needed
+        self._held = {
+            number: block
+            for number, block in self._held.items()
+            if number in near and _useful(block, number in window)
+        }
         # Ranks that share a cache begin at different shards of the window, and share the work.
         first = int(self._turn * len(window))
-        for number in (*window[first:], *window[:first]):
-            self._start(number)
-        for number in following:
-            self._start(number, keep=False)
+        ahead = (*window[first:], *window[:first], *following)
+        for number in ahead[:_OPEN_BLOCKS]:
+            self._start(number, number in window)
 
-    def _start(self, number: int, keep: bool = True) -> None:
+    def _start(self, number: int, keep: bool) -> None:
         if number not in self._held and self._blocks.ahead:
             self._held[number] = self._blocks.make(self._shards[number], keep)
 
@@ -283,10 +286,14 @@ def _is_file(block: Future[Block | None]) -> bool:
     return block.done() and block.exception() is None and isinstance(block.result(), CachedBlock)
 
 
-def _useful(block: Future[Block | None]) -> bool:
+def _useful(block: Future[Block | None], in_window: bool) -> bool:
     # Not one that was to be in the cache, which had no room for it; nor one that could not be read
-    # ahead: the store may be well again by now.
-    return not block.done() or (block.exception() is None and block.result() is not None)
+    # ahead: the store may be well again by now. Nor one in memory, unless it is of the window.
+    if not block.done():
+        return True
+    if block.exception() is not None or block.result() is None:
+        return False
+    return in_window or _is_file(block)
 
 
 def _every(runs: Iterable[_Run], period: int, start: int, stop: int) -> Iterator[_Run]:

@@ -1,8 +1,8 @@
 """What reads ahead: threads that wait, and processes that decode.
 
-Pillow holds Python's lock while it decodes a PNG, so that two threads decode no faster than one
-(measured: benchmarks/reading.py); a process of its own each has a lock of its own. Only shards that
-are not in the cache yet start any.
+Threads that decode would share Python's lock with each other and with whoever trains, and half of
+the time that a small image takes is Python's: so each decoder is a process of its own. Only shards
+that are not in the cache yet start any.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from vdvae.config import UserError
 
 T = TypeVar("T")
 _TRIES = 10
+_AT_ONCE = 2  # blocks asked of a process: one whose bytes it fetches while it decodes the other
 
 
 class Threads(Generic[T]):
@@ -96,18 +98,21 @@ class BlockMaker:
         height, width, channels = self.decoder.shape
         return self.cache.open(self._name(shard), (shard.images, channels, height, width))
 
-    def make(self, shard: Shard, keep: bool) -> Decoded | None:
+    def make(
+        self, shard: Shard, keep: bool, fetch: Callable[[], bytes] | None = None
+    ) -> Decoded | None:
         """Puts a block into the cache; where that has no room gives what it would hold.
 
         Args:
             shard: which.
             keep: False gives nothing at all where the cache has no room.
+            fetch: gives the shard's bytes; None: the decoder's own `fetch`.
         """
-        decode = partial(self.decoder.images, shard)
+        decode = partial(self.decoder.images, shard, fetch)
         pixels = shard.images * math.prod(self.decoder.shape)
         if self.cache.add(self._name(shard), shard.images, pixels, decode) or not keep:
             return None
-        return self.decoder.decode(shard)
+        return self.decoder.decode(shard, fetch)
 
     def drop(self, shard: Shard) -> None:
         """Removes a damaged block from the cache."""
@@ -123,10 +128,9 @@ class Blocks:
     """Makes blocks in up to `workers` processes, or at once and here where `workers` is 0."""
 
     def __init__(self, maker: BlockMaker, workers: int) -> None:
-        self._maker = maker
-        self.ahead = workers > 0  # whether they are made while others are waited for
-        self._threads: Threads[Block | None] = Threads(workers)
-        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+        self._maker, self._workers = maker, workers
+        self.ahead = _AT_ONCE * workers  # how many are made while others are waited for
+        self._threads: Threads[Block | None] = Threads(self.ahead)
         self._processes: list[_Process] = []
         self._closed, self._lock = False, threading.Lock()
 
@@ -168,23 +172,23 @@ class Blocks:
         raise self._maker.cache.changed()
 
     def _made_by_a_process(self, shard: Shard, keep: bool) -> Decoded | None:
-        try:
-            process = self._idle.get_nowait()
-        except queue.Empty:
-            with self._lock:
-                if self._closed:
-                    raise CancelledError from None
-                process = _Process(self._maker)
-                self._processes.append(process)
-        try:
-            return process.make(shard, keep)
-        finally:
-            if process.lives():
-                self._idle.put(process)
+        with self._lock:
+            if self._closed:
+                raise CancelledError
+            self._processes = [process for process in self._processes if process.lives()]
+            if len(self._processes) < self._workers:
+                self._processes.append(_Process(self._maker))
+            process = min(self._processes, key=lambda process: process.asked)
+            answer = process.ask(shard, keep)
+        return process.wait(shard, answer)
 
 
 class _Process:
-    """A process that makes blocks, one at a time; it ends with this one, or when it is killed."""
+    """A process that makes blocks in the order in which they are asked for.
+
+    While it decodes one, the bytes of the next one are fetched. It ends with this process, or when
+    it is killed.
+    """
 
     def __init__(self, maker: BlockMaker) -> None:
         root = str(Path(__file__).parents[2])
@@ -196,25 +200,43 @@ class _Process:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
         self._maker: BlockMaker | None = maker  # to be sent before the first shard
+        self._answers: deque[Future[Any]] = deque()
+        self._answering = threading.Lock()
 
-    def make(self, shard: Shard, keep: bool) -> Decoded | None:
-        """What `BlockMaker.make` gives, or raises, there."""
-        assert self._child.stdout is not None
-        try:
+    @property
+    def asked(self) -> int:
+        """How many blocks it has been asked for and has not made yet."""
+        return len(self._answers)
+
+    def ask(self, shard: Shard, keep: bool) -> Future[Any]:
+        """Asks for what `BlockMaker.make` gives or raises there; one thread at a time may ask."""
+        answer: Future[Any] = Future()
+        self._answers.append(answer)
+        with contextlib.suppress(OSError):  # it is dead, which who waits is told
             if self._maker is not None:
                 self._send(self._maker)
                 self._maker = None
             self._send((shard, keep))
-            result = pickle.load(self._child.stdout)
+        return answer
+
+    def wait(self, shard: Shard, answer: Future[Any]) -> Decoded | None:
+        """What was asked for, or raises that."""
+        assert self._child.stdout is not None
+        try:
+            with self._answering:
+                while not answer.done():
+                    self._answers[0].set_result(pickle.load(self._child.stdout))
+                    self._answers.popleft()
         except (EOFError, OSError, pickle.UnpicklingError):
             code = self._child.wait()
             raise UserError(
-                f"shard {shard.name}: the process that was decoding it ended with {code}; run the "
+                f"shard {shard.name}: the process that decodes it ended with {code}; run the "
                 f"same command again, with VDVAE_READ_WORKERS=0 to decode without another process"
             ) from None
         except BaseException:
             self.kill()  # the rest of its answer would be taken for the next one
             raise
+        result = answer.result()
         if isinstance(result, Exception):
             raise result
         decoded: Decoded | None = result
@@ -243,12 +265,15 @@ def serve() -> None:
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    maker: BlockMaker = pickle.load(sys.stdin.buffer)
+    asked: queue.SimpleQueue[tuple[Shard, bool, Future[bytes]]] = queue.SimpleQueue()
 
     def listen() -> None:
+        fetching: Threads[bytes] = Threads(1)
         try:
             while True:
-                asked.put(pickle.load(sys.stdin.buffer))
+                shard, keep = pickle.load(sys.stdin.buffer)
+                asked.put((shard, keep, fetching.submit(partial(maker.decoder.fetch, shard))))
         except EOFError:
             os._exit(0)  # whoever asked is gone, and so is the use of what is being done
         except Exception:
@@ -256,11 +281,10 @@ def serve() -> None:
             os._exit(1)
 
     threading.Thread(target=listen, daemon=True).start()
-    maker: BlockMaker = asked.get()
     while True:
-        shard, keep = asked.get()
+        shard, keep, fetched = asked.get()
         try:
-            answer: Decoded | Exception | None = maker.make(shard, keep)
+            answer: Decoded | Exception | None = maker.make(shard, keep, fetched.result)
         except Exception as error:
             answer = error
         pickle.dump(answer, answers)

@@ -46,7 +46,7 @@ from pipeline.shards.manifest import (
     shard_key,
     shard_name,
 )
-from pipeline.sources.decode import PNG_COLOURS, PNG_SIGNATURE, OddImage, OddImages
+from pipeline.sources.decode import PNG_END, OddImage, OddImages, png_head
 from pipeline.sources.source import Item, Loaded, Source, on_levels
 from pipeline.storage import Store
 from pipeline.system.process import exclusive_lock
@@ -437,13 +437,14 @@ def _averaged(image_HWC: NDArray[np.uint8]) -> bytes:
     rows = np.full((height, 1 + width * channels), _AVERAGE, np.uint8)
     rows[:, 1:] = differences.astype(np.uint8).reshape(height, -1)
     compressor = zlib.compressobj(strategy=zlib.Z_RLE)
-    content = compressor.compress(rows.data) + compressor.flush()
-    header = struct.pack(">IIBBBBB", width, height, 8, PNG_COLOURS[channels], 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", content), (b"IEND", b""))
-    return PNG_SIGNATURE + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks
-    )
+    head = png_head(height, width, channels)
+    pixels = b"IDAT" + compressor.compress(rows.data) + compressor.flush()
+    start = head + _crc(head[12:]) + struct.pack(">I", len(pixels) - 4)
+    return start + pixels + _crc(pixels) + PNG_END
+
+
+def _crc(chunk: bytes) -> bytes:
+    return struct.pack(">I", zlib.crc32(chunk))
 
 
 def _by_pillow(image_HWC: NDArray[np.uint8], strategy: int = -1) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import math
 import re
 import struct
 import warnings
@@ -22,8 +21,8 @@ _EXIF_ORIENTATION = 0x0112
 _SIXTEEN_BITS = ("I;16", "I;16B", "I")  # grey; colour comes from Pillow with 8
 _EIGHT_BITS = ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_COLOURS = {1: 0, 3: 2}  # its number for so many channels
-_IHDR, _IEND = b"\0\0\0\rIHDR", b"\0\0\0\0IEND\xaeB`\x82"
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_PNG_COLOURS = {1: 0, 3: 2}  # its number for so many channels
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 # Of a PNG: how its 8-bit pixels are to be shown, by whom and when they were made.
 _NOTES = (
@@ -167,6 +166,12 @@ def decode_to_store(
     return decode(png or content, name, channels, converted, formats), png
 
 
+def png_head(height: int, width: int, channels: int) -> bytes:
+    """What a PNG of 8-bit pixels, not interlaced, begins with: up to its first chunk's CRC."""
+    facts = struct.pack(">IIBBBBB", width, height, 8, _PNG_COLOURS[channels], 0, 0, 0)
+    return PNG_SIGNATURE + struct.pack(">I", len(facts)) + b"IHDR" + facts
+
+
 def _plain_png(content: bytes, channels: int) -> bytes | None:
     """A PNG without its notes, or None where it is better encoded anew.
 
@@ -174,10 +179,10 @@ def _plain_png(content: bytes, channels: int) -> bytes | None:
     chunks that might change its pixels, or is too large: it was compressed in haste, as its zlib
     header says (RFC 1950, FLEVEL), or takes more bytes than its pixels.
     """
-    kind_of_pixels = bytes([8, PNG_COLOURS[channels], 0, 0, 0])
-    if content[:16] != PNG_SIGNATURE + _IHDR or content[24:29] != kind_of_pixels:
+    width, height = struct.unpack(">II", content[16:24].ljust(8, b"\0"))
+    if not content.startswith(png_head(height, width, channels)):
         return None
-    most = math.prod(struct.unpack(">II", content[16:24])) * channels + _HEADER_BYTES
+    most = height * width * channels + _HEADER_BYTES
     (_, begin, at), *others = itertools.islice(_chunks(content), _MOST_CHUNKS)
     parts, size, ended = [PNG_SIGNATURE, content[begin:at]], at, False
     for kind, begin, at in others:
@@ -188,13 +193,13 @@ def _plain_png(content: bytes, channels: int) -> bytes | None:
         ended = kind == b"IEND"
         if kind == b"IDAT":
             size += at - begin
-            if size + len(_IEND) > most:
+            if size + len(PNG_END) > most:
                 return None
             parts.append(content[begin:at])
     level = b"".join(part[8:-4] for part in parts[2:])[1:2]
     if not ended or at < len(content) or not level or level[0] >> 6 not in _COMPRESSED_WELL:
         return None
-    return b"".join([*parts, _IEND])
+    return b"".join([*parts, PNG_END])
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
