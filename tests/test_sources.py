@@ -482,7 +482,8 @@ KEPT = {
 ANEW = {
     "compressed in haste": rows_png(level=1),
     "so, behind an empty chunk": rows_png(chunk(b"IDAT", b""), level=1),
-    "bytes behind its pixels": rows_png(rest=HIDDEN),
+    "bytes behind its pixels": rows_png(rest=b"one"),
+    "many bytes behind its pixels": rows_png(rest=HIDDEN),
     "bytes behind its end": rows_png() + b"more",
     "two headers": rows_png(chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))),
     "a header behind a note": (lambda png: png[:8] + TEXT["tEXt"] + png[8:])(rows_png()),

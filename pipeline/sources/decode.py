@@ -8,10 +8,12 @@ import itertools
 import re
 import struct
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from imagecodecs import png_decode
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vdvae.config import UserError
@@ -31,6 +33,7 @@ _NOTES = (
 )
 # The words of texts that may hold an orientation, which Pillow then applies.
 _TURNING = re.compile(rb"raw profile type |xml:com\.adobe\.xmp\0|xmp\0|exif\0", re.IGNORECASE)
+_FILTERS = 5  # of a PNG's row, numbered from 0
 _MOST_CHUNKS = 2**14  # of a PNG that is handed through: with more it is encoded anew
 _HEADER_BYTES = 1024  # that a PNG may have beside its pixels
 _COMPRESSED_WELL = (2, 3)  # FLEVEL: by zlib's level 6, which is the default, or a higher one
@@ -158,12 +161,11 @@ def decode_to_store(
     converted: Counter[str],
     formats: tuple[str, ...] = FORMATS,
 ) -> tuple[Image.Image, bytes | None]:
-    """As `decode`; with a PNG of this very image where it need not be encoded anew.
-
-    That PNG is what is decoded, so it holds these pixels whatever else the file may say.
-    """
+    """As `decode`; with a PNG of this very image where it need not be encoded anew."""
     png = _plain_png(content, channels)
-    return decode(png or content, name, channels, converted, formats), png
+    if png is None:
+        return decode(content, name, channels, converted, formats), None
+    return Image.fromarray(png_decode(png)), png  # as a shard's is read, whatever the file may say
 
 
 def png_head(height: int, width: int, channels: int) -> bytes:
@@ -173,14 +175,17 @@ def png_head(height: int, width: int, channels: int) -> bytes:
 
 
 def _plain_png(content: bytes, channels: int) -> bytes | None:
-    """A PNG without its notes, or None where it is better encoded anew.
+    """A PNG without its notes, or None where it is better encoded anew, or refused.
 
     That is where it has other pixels than 8 bits of `channels` (1 grey, 3 RGB), is interlaced, has
-    chunks that might change its pixels, or is too large: it was compressed in haste, as its zlib
-    header says (RFC 1950, FLEVEL), or takes more bytes than its pixels.
+    chunks that might change its pixels, is damaged, holds less than its pixels or more; or where it
+    is too large: it was compressed in haste, as its zlib header says (RFC 1950, FLEVEL), or takes
+    more bytes than its pixels.
     """
     width, height = struct.unpack(">II", content[16:24].ljust(8, b"\0"))
     if not content.startswith(png_head(height, width, channels)):
+        return None
+    if not 0 < width * height <= (Image.MAX_IMAGE_PIXELS or 0):
         return None
     most = height * width * channels + _HEADER_BYTES
     (_, begin, at), *others = itertools.islice(_chunks(content), _MOST_CHUNKS)
@@ -196,10 +201,27 @@ def _plain_png(content: bytes, channels: int) -> bytes | None:
             if size + len(PNG_END) > most:
                 return None
             parts.append(content[begin:at])
-    level = b"".join(part[8:-4] for part in parts[2:])[1:2]
-    if not ended or at < len(content) or not level or level[0] >> 6 not in _COMPRESSED_WELL:
+    if not ended or at < len(content):
+        return None
+    if any(zlib.crc32(part[4:-4]) != int.from_bytes(part[-4:], "big") for part in parts[1:]):
+        return None
+    pixels = b"".join(part[8:-4] for part in parts[2:])
+    if not pixels[1:] or pixels[1] >> 6 not in _COMPRESSED_WELL:
+        return None
+    if not _holds_rows(pixels, height, 1 + width * channels):
         return None
     return b"".join([*parts, PNG_END])
+
+
+def _holds_rows(compressed: bytes, height: int, row_bytes: int) -> bool:
+    """Whether a PNG's pixels are all there and nothing else, each row with a filter that exists."""
+    inflate = zlib.decompressobj()
+    try:
+        rows = inflate.decompress(compressed, height * row_bytes + 1)
+    except zlib.error:
+        return False
+    whole = inflate.eof and not inflate.unused_data and len(rows) == height * row_bytes
+    return whole and max(rows[::row_bytes]) < _FILTERS
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
