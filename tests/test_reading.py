@@ -107,6 +107,43 @@ def test_a_shard_that_could_not_be_read_ahead_is_asked_for_again(made, tmp_path)
         reading.close()
 
 
+def test_however_many_shards_a_split_has_they_are_begun_ahead(tmp_path, monkeypatch):
+    manifest, store = write(tmp_path, config(shard_images=1), {**CUTS, "train": 300})
+    begun, block = [], _Reading._block
+
+    def watched(reading, number):
+        begun.append(number in reading._held)
+        return block(reading, number)
+
+    monkeypatch.setattr(_Reading, "_block", watched)
+    found = images(manifest, FileStore(store.folder), cache=cache_in(tmp_path), workers=2)
+    assert len(found) == len(begun) == 300 and all(begun)
+    assert found.equal(images(manifest, store, workers=0))
+
+
+def test_without_a_cache_only_the_window_is_held_in_memory(made, tmp_path, monkeypatch):
+    manifest, store = made
+    enter, held = _Reading._enter, []
+
+    def watched(reading, window, following):
+        enter(reading, window, following)
+        done = {number for number, block in reading._held.items() if block.done()}
+        held.append({number for number in done if reading._held[number].result()} - {*window})
+
+    monkeypatch.setattr(_Reading, "_enter", watched)
+    reader = ShardReader(
+        *(manifest, FileStore(store.folder), "train"),
+        window_bytes=8 * (6 * 6 * 3 + 128),
+        cache=cache_in(tmp_path, 0),
+        workers=3,
+    )
+    stream = reader.batches(4, seed=0)
+    for _ in range(4 * reader.images // 4):
+        next(stream)
+    stream.close()
+    assert len(held) > 8 and not any(held)
+
+
 def test_a_window_of_many_shards_is_made_at_once(made):
     manifest, store = made
     train = manifest.splits["train"]

@@ -50,7 +50,7 @@ def describe(name: str, batch: int | None = None) -> None:
         f"GFLOP an image: bound {found.forward_flop / 1e9:.1f}, training step "
         f"{found.training_flop / 1e9:.1f}, sample {found.sampling_flop / 1e9:.1f}\n"
         f"a training step of {batch} images at once in {train.precision} holds about "
-        f"{training_bytes(recipe, found, batch, ranks) / 2**30:.1f} GiB (weights, gradients, "
+        f"{training_bytes(recipe.train, found, batch, ranks) / 2**30:.1f} GiB (weights, gradients, "
         f"moments, averages, activations), a model {4 * found.parameters / 2**20:.0f} MiB"
     )
 

@@ -15,6 +15,7 @@ import psutil
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.mergevalue import MergeValue
 
+from pipeline.commands.plan import training_bytes
 from pipeline.params import (
     PARAMS,
     RECIPE,
@@ -293,9 +294,10 @@ def _fit(
         batches = _BATCHES + (_TINY_BATCHES if scale is scales[-1] else ())
         batches = tuple(batch for batch in batches if batch <= max(images // 4, 1))
         for batch in batches if batch_size is None else (batch_size,):
-            needed = found.training_bytes(batch)
+            train = _training(scale, batch, images, slow)
+            needed = training_bytes(train, found, batch)
             if needed <= _ROOM * memory:
-                return model, _training(scale, batch, images, slow)
+                return model, train
     raise UserError(
         f"--memory: the smallest model for {data.image_size}x{data.image_size} needs about "
         f"{needed / 2**30 / _ROOM:.1f} GiB and there are {memory / 2**30:.1f}; "

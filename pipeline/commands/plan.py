@@ -16,7 +16,7 @@ from pipeline.shards import Manifest
 from pipeline.system import machine
 from pipeline.system.launch import ranks_here
 from pipeline.system.process import keep_freed_memory
-from vdvae.config import UserError
+from vdvae.config import TrainConfig, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -55,9 +55,10 @@ def plan(name: str, probe: bool = True) -> Lines:
     )
     ranks = ranks_here(recipe)
     images_at_once = at_once(recipe, ranks)
+    needed = training_bytes(train, found, images_at_once, ranks)
     yield (
         "memory, training",
-        f"about {_bytes(training_bytes(recipe, found, images_at_once, ranks))} on each of {ranks} "
+        f"about {_bytes(needed)} on each of {ranks} "
         f"device{'s' if ranks > 1 else ''}, {images_at_once} images at once in {train.precision}, "
         f"and the convolutions' work space",
     )
@@ -78,10 +79,10 @@ def at_once(recipe: Recipe, ranks: int) -> int:
     return max(1, recipe.train.batch_size // (ranks * recipe.train.accumulation))
 
 
-def training_bytes(recipe: Recipe, found: Summary, images: int, ranks: int) -> int:
+def training_bytes(train: TrainConfig, found: Summary, images: int, ranks: int = 1) -> int:
     """An estimate of what a rank holds in a training step of so many images at once."""
-    best = 4 * found.parameters if recipe.train.validate_every else 0  # a copy of the best weights
-    keeps_gradients = ranks > 1 or recipe.train.accumulation > 1
+    best = 4 * found.parameters if train.validate_every else 0  # a copy of the best weights
+    keeps_gradients = ranks > 1 or train.accumulation > 1
     return found.training_bytes(images, keeps_gradients) + best
 
 
@@ -148,7 +149,7 @@ def _hours(recipe: Recipe, found: Summary, ranks: int) -> str:
         else psutil.virtual_memory().available
     )
     images_at_once = at_once(recipe, ranks)
-    needed = _WORK_SPACE * training_bytes(recipe, found, images_at_once, ranks)
+    needed = _WORK_SPACE * training_bytes(recipe.train, found, images_at_once, ranks)
     if needed > free:
         return (
             f"not measured: a step of {images_at_once} images at once needs about "

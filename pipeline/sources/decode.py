@@ -188,22 +188,25 @@ def _plain_png(content: bytes, channels: int) -> bytes | None:
     if not 0 < width * height <= (Image.MAX_IMAGE_PIXELS or 0):
         return None
     most = height * width * channels + _HEADER_BYTES
-    (_, begin, at), *others = itertools.islice(_chunks(content), _MOST_CHUNKS)
-    parts, size, ended = [PNG_SIGNATURE, content[begin:at]], at, False
-    for kind, begin, at in others:
+    header, *others = itertools.islice(_chunks(content), _MOST_CHUNKS + 1)
+    if not _has_its_sum(header) or len(others) == _MOST_CHUNKS:
+        return None
+    parts, size, ended = [PNG_SIGNATURE, header], 0, False
+    for chunk in others:
+        kind = chunk[4:8]
         if ended or kind not in (b"IDAT", b"IEND", *_NOTES):
             return None
-        if kind in _TEXTS and _TURNING.match(content, begin + 8):
+        if kind in _TEXTS and _TURNING.match(chunk, 8):
             return None
         ended = kind == b"IEND"
+        if not ended and not _has_its_sum(chunk):
+            return None
         if kind == b"IDAT":
-            size += at - begin
-            if size + len(PNG_END) > most:
+            size += len(chunk)
+            if size > most:
                 return None
-            parts.append(content[begin:at])
-    if not ended or at < len(content):
-        return None
-    if any(zlib.crc32(part[4:-4]) != int.from_bytes(part[-4:], "big") for part in parts[1:]):
+            parts.append(chunk)
+    if not ended:
         return None
     pixels = b"".join(part[8:-4] for part in parts[2:])
     if not pixels[1:] or pixels[1] >> 6 not in _COMPRESSED_WELL:
@@ -224,13 +227,17 @@ def _holds_rows(compressed: bytes, height: int, row_bytes: int) -> bool:
     return whole and max(rows[::row_bytes]) < _FILTERS
 
 
-def _chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Those of a PNG: the kind, and where the whole chunk begins and ends."""
+def _chunks(content: bytes) -> Iterator[bytes]:
+    """Those of a PNG, and whatever follows: the last one may be cut."""
     at = len(PNG_SIGNATURE)
     while at < len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
-        yield content[at + 4 : at + 8], at, end
+        yield content[at:end]
         at = end
+
+
+def _has_its_sum(chunk: bytes) -> bool:
+    return zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
 
 
 def _is_turned(picture: Image.Image) -> bool:
