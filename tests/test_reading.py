@@ -20,6 +20,7 @@ from test_shards import CUTS, Counting, config, write
 
 from pipeline.shards import BlockCache, Manifest, ShardReader
 from pipeline.shards.reader import _Reading, _with_following
+from pipeline.shards.workers import Blocks
 from pipeline.storage import FileStore
 from vdvae.config import UserError
 
@@ -119,6 +120,44 @@ def test_however_many_shards_a_split_has_they_are_begun_ahead(tmp_path, monkeypa
     found = images(manifest, FileStore(store.folder), cache=cache_in(tmp_path), workers=2)
     assert len(found) == len(begun) == 300 and all(begun)
     assert found.equal(images(manifest, store, workers=0))
+
+
+def test_of_windows_of_very_many_shards_few_are_open(tmp_path, monkeypatch):
+    manifest, store = write(tmp_path, config(shard_images=1), {**CUTS, "train": 60})
+    monkeypatch.setattr("pipeline.shards.reader._OPEN_BLOCKS", 8)
+    enter, held = _Reading._enter, []
+
+    def watched(reading, window, following):
+        held.append(len(reading._held))
+        enter(reading, window, following)
+
+    monkeypatch.setattr(_Reading, "_enter", watched)
+    how = {"cache": cache_in(tmp_path), "window_bytes": 30 * (6 * 6 * 3 + 128)}
+    there = FileStore(store.folder)
+    found = [
+        list(
+            itertools.islice(
+                ShardReader(manifest, there, "train", workers=n, **how).batches(5, 0), 60
+            )
+        )
+        for n in (2, 0)
+    ]
+    assert all(map(torch.equal, *found))
+    assert len(held) > 15 and max(held) <= 8 + 1  # one more where none is made yet
+
+
+def test_without_a_cache_nothing_is_fetched_in_vain(made, tmp_path, monkeypatch):
+    manifest, store = made
+    asked, make = [], Blocks.make
+
+    def watched(blocks, shard, keep=True):
+        asked.append(shard.name)
+        return make(blocks, shard, keep)
+
+    monkeypatch.setattr(Blocks, "make", watched)
+    how = {"cache": cache_in(tmp_path, 0), "window_bytes": 8 * (6 * 6 * 3 + 128), "workers": 1}
+    assert len(list(ShardReader(manifest, FileStore(store.folder), "train", **how).scan(23))) == 1
+    assert sorted(asked) == [shard.name for shard in manifest.splits["train"].shards]
 
 
 def test_without_a_cache_only_the_window_is_held_in_memory(made, tmp_path, monkeypatch):

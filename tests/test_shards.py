@@ -988,6 +988,14 @@ def test_a_photograph_is_encoded_the_fastest_way_and_others_as_small_as_before(t
         assert len(stored["drawing"]) < drawing.size / 4
 
 
+def test_an_encoder_is_chosen_by_the_middle_of_a_large_image():
+    tile = np.random.RandomState(0).randint(0, 256, (16, 16, 3)).astype(np.uint8)
+    image_HWC = np.tile(tile, (16, 16, 1))
+    image_HWC[64:192] = load_sample_image("flower.jpg")[100:228, 200:456]
+    assert writer._encoder_for(image_HWC) is writer._averaged
+    assert writer._encoder_for(np.roll(image_HWC, 128, axis=0)) is writer._by_pillow
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 3), (2, 9, 1), (64, 64, 3)])
 def test_every_encoder_gives_the_pixels_back(shape):
     image_HWC = np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)

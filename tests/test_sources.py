@@ -454,13 +454,30 @@ def deep_png(kind: int, extra: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + extra + data + chunk(b"IEND", b"")
 
 
-def rows_png(*chunks: bytes, kind: int = 2, rest: bytes = b"", level: int = 6) -> bytes:
-    """A PNG of 8x8 pixels of 8 bits, with chunks before its pixels and bytes behind them."""
+def rows_png(
+    *chunks: bytes, kind: int = 2, rest: bytes = b"", level: int = 6, cut: bytes = b""
+) -> bytes:
+    """A PNG of 8x8 pixels of 8 bits, with chunks before its pixels and bytes behind them.
+
+    With `cut` its pixels are in two chunks, between which that is.
+    """
     pixels = np.random.RandomState(kind).randint(0, 9, (8, 8, CHANNELS[kind])).cumsum(0)
     rows = b"".join(b"\0" + row.astype(np.uint8).tobytes() for row in pixels)
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, kind, 0, 0, 0))
-    data = chunk(b"IDAT", zlib.compress(rows, level) + rest)
+    pixels_there = zlib.compress(rows, level) + rest
+    data = chunk(b"IDAT", pixels_there)
+    if cut:
+        data = chunk(b"IDAT", pixels_there[:9]) + cut + chunk(b"IDAT", pixels_there[9:])
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + data + chunk(b"IEND", b"")
+
+
+def grey_png(width: int, height: int, header: bytes = b"") -> bytes:
+    """A PNG of random rows that repeat every second one; `header` replaces that of zlib."""
+    rows = [b"\0" + np.random.RandomState(row).bytes(width) for row in range(2)]
+    facts = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    data = zlib.compress(b"".join(rows[row % 2] for row in range(height)))
+    data = chunk(b"IDAT", header + data[len(header) :])
+    return b"\x89PNG\r\n\x1a\n" + facts + data + chunk(b"IEND", b"")
 
 
 IEND = chunk(b"IEND", b"")
@@ -499,7 +516,10 @@ ANEW = {
     "many chunks": rows_png(*[chunk(b"IDAT", b"")] * 2**14),
     "grey with alpha": rows_png(kind=4),
     "16 bits": deep_png(2),
+    "grey, a smaller window than is used": grey_png(200, 20, b"\x08\x99"),
+    "grey, a million pixels wide": grey_png(1_000_001, 1),
     "no end": rows_png()[: -len(IEND)],
+    "a note between its pixels": rows_png(cut=TEXT["tEXt"]),
 }
 
 
@@ -510,7 +530,7 @@ def test_a_png_that_is_kept_has_the_decoded_pixels_and_nothing_else(name: str) -
     try:
         picture, png = decode_to_store(content, name, channels, Counter())
     except OddImage:
-        assert name in ("no end", "a header behind a note")
+        assert name in ("no end", "a header behind a note", "a note between its pixels")
         return
     assert (png is not None) == (name in KEPT)
     if name.startswith("turned"):

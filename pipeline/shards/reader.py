@@ -230,16 +230,17 @@ class _Reading:
     def _enter(self, window: _Window, following: tuple[int, ...]) -> None:
         """Lets go of the window before, and has this one made and then what follows."""
         self._window = window
-        near = {*window, *following}
+        if not self._maker.cache.limit_bytes or any(map(_had_no_room, self._held.values())):
+            following = ()  # would be made for nothing; the next window tries again
+        # Ranks that share a cache begin at different shards of the window, and share the work.
+        first = int(self._turn * len(window))
+        ahead = dict.fromkeys((*window[first:], *window[:first], *following)[:_OPEN_BLOCKS])
         self._held = {
             number: block
             for number, block in self._held.items()
-            if number in near and _useful(block, number in window)
+            if number in ahead and _useful(block, number in window)
         }
-        # Ranks that share a cache begin at different shards of the window, and share the work.
-        first = int(self._turn * len(window))
-        ahead = (*window[first:], *window[:first], *following)
-        for number in ahead[:_OPEN_BLOCKS]:
+        for number in ahead:
             self._start(number, number in window)
 
     def _start(self, number: int, keep: bool) -> None:
@@ -249,8 +250,10 @@ class _Reading:
     def _block(self, number: int) -> Block:
         block = self._held[number].result() if number in self._held else None
         if block is None:
+            # Of a window of very many shards: one that was opened long ago is opened again.
+            pending = sum(not held.done() for held in self._held.values())
             files = [n for n, held in self._held.items() if _is_file(held)]
-            if len(files) >= _OPEN_BLOCKS:  # of a window of very many shards
+            if files and pending + len(files) >= _OPEN_BLOCKS:
                 del self._held[files[0]]
             self._held[number] = self._blocks.make(self._shards[number])
             block = self._held[number].result()
@@ -286,9 +289,14 @@ def _is_file(block: Future[Block | None]) -> bool:
     return block.done() and block.exception() is None and isinstance(block.result(), CachedBlock)
 
 
+def _had_no_room(block: Future[Block | None]) -> bool:
+    # One that was to be in the cache.
+    return block.done() and block.exception() is None and block.result() is None
+
+
 def _useful(block: Future[Block | None], in_window: bool) -> bool:
-    # Not one that was to be in the cache, which had no room for it; nor one that could not be read
-    # ahead: the store may be well again by now. Nor one in memory, unless it is of the window.
+    # Not one that could not be read ahead: the store may be well again by now. Nor one in memory,
+    # unless it is of the window.
     if not block.done():
         return True
     if block.exception() is not None or block.result() is None:

@@ -223,10 +223,11 @@ class _Process:
         """What was asked for, or raises that."""
         assert self._child.stdout is not None
         try:
-            with self._answering:
-                while not answer.done():
-                    self._answers[0].set_result(pickle.load(self._child.stdout))
-                    self._answers.popleft()
+            while not answer.done():
+                with self._answering:
+                    if not answer.done():  # whoever was before may have read it
+                        self._answers[0].set_result(pickle.load(self._child.stdout))
+                        self._answers.popleft()
         except (EOFError, OSError, pickle.UnpicklingError):
             code = self._child.wait()
             raise UserError(
@@ -289,3 +290,4 @@ def serve() -> None:
             answer = error
         pickle.dump(answer, answers)
         answers.flush()
+        del fetched, answer  # while it waits it holds no images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from imagecodecs import png_decode
+from imagecodecs import PngError, png_decode
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vdvae.config import UserError
@@ -163,9 +164,10 @@ def decode_to_store(
 ) -> tuple[Image.Image, bytes | None]:
     """As `decode`; with a PNG of this very image where it need not be encoded anew."""
     png = _plain_png(content, channels)
-    if png is None:
-        return decode(content, name, channels, converted, formats), None
-    return Image.fromarray(png_decode(png)), png  # as a shard's is read, whatever the file may say
+    if png is not None:
+        with contextlib.suppress(PngError):  # what libpng is stricter in
+            return Image.fromarray(png_decode(png)), png  # as a shard's are read
+    return decode(content, name, channels, converted, formats), None
 
 
 def png_head(height: int, width: int, channels: int) -> bytes:
@@ -192,8 +194,9 @@ def _plain_png(content: bytes, channels: int) -> bytes | None:
     if not _has_its_sum(header) or len(others) == _MOST_CHUNKS:
         return None
     parts, size, ended = [PNG_SIGNATURE, header], 0, False
+    kind = b"IHDR"
     for chunk in others:
-        kind = chunk[4:8]
+        before, kind = kind, chunk[4:8]
         if ended or kind not in (b"IDAT", b"IEND", *_NOTES):
             return None
         if kind in _TEXTS and _TURNING.match(chunk, 8):
@@ -203,7 +206,7 @@ def _plain_png(content: bytes, channels: int) -> bytes | None:
             return None
         if kind == b"IDAT":
             size += len(chunk)
-            if size > most:
+            if size > most or (parts[2:] and before != kind):
                 return None
             parts.append(chunk)
     if not ended:
