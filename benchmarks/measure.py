@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from published_arithmetic import negative_elbo, plain_update, train_step
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from vdvae.checkpoint import StateWriter
 from vdvae.config import ModelConfig, TrainConfig
 from vdvae.evaluate import score
+from vdvae.model import VDVAE
 from vdvae.precision import allow_tf32, arithmetic
 from vdvae.summary import summarise
 from vdvae.training import TrainState, start, update
@@ -109,23 +111,6 @@ def copy_bytes(device: torch.device, numbers: int = 2**26) -> float:
     return 2 * a.numel() * 4 / min(clock(lambda: b.copy_(a)) for _ in range(10))
 
 
-def plain_update(state: TrainState, config: TrainConfig) -> None:
-    """The twin of the fused optimiser and averages: one parameter after the other."""
-    step = torch.optim.AdamW(
-        state.model.parameters(),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=False,
-        foreach=False,
-    )
-    step.state = state.optimiser.state
-    step.step()
-    with torch.no_grad():
-        for average, value in zip(state.ema.parameters(), state.model.parameters(), strict=True):
-            average.lerp_(value, 1 - config.ema_decay)
-
-
 def fused_update(state: TrainState, config: TrainConfig) -> None:
     """What `vdvae.training.update` does after the gradients."""
     state.optimiser.step()
@@ -138,12 +123,16 @@ def fused_update(state: TrainState, config: TrainConfig) -> None:
 class Measure:
     """Ours and the twin with the same images and noise.
 
+    The twin of a step and of an evaluation is the published arithmetic; that of the other parts is
+    ours as PyTorch comes: its default memory layout, nothing fused.
+
     Args:
         model: what is measured.
         train: its recipe's settings, with the batch, precision and the rest that ours is to have.
         device: where.
         steps: calls that are counted.
         states: of another measure of the same model and memory layout, to go on with.
+        twin_precision: bf16 is autocast.
     """
 
     def __init__(
@@ -153,11 +142,12 @@ class Measure:
         device: torch.device,
         steps: int,
         states: dict[str, TrainState] | None = None,
+        twin_precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         self.model, self.device, self.steps = model, device, steps
         self.clock, self.batch = Clock(device), train.batch_size
         ours = replace(train, channels_last=True, accumulation=1)
-        plain = replace(ours, precision="fp32", compile=False, channels_last=False,
+        plain = replace(ours, precision=twin_precision, compile=False, channels_last=False,
                         checkpoint_activations_from=0)  # fmt: skip
         self.configs = {"ours": ours, "twin": plain}
         generator = torch.Generator().manual_seed(0)
@@ -177,7 +167,8 @@ class Measure:
             self.states[who] = start(self.model, config, self.device)
         state = self.states[who]
         if part == "step":
-            return lambda: update(state, config, self.x_BCHW, self.noise_BN)
+            run_step = update if who == "ours" else train_step
+            return lambda: run_step(state, config, self.x_BCHW, self.noise_BN)
         if part == "update":
             run = fused_update if who == "ours" else plain_update
             return lambda: run(state, config)
@@ -195,6 +186,9 @@ class Measure:
 
         def without_gradients() -> object:
             with arithmetic(config.precision, self.device):
+                if part == "evaluate" and who == "twin":
+                    assert isinstance(state.ema, VDVAE)
+                    return negative_elbo(state.ema, self.x_BCHW, torch.randn_like(self.noise_BN))
                 if part == "evaluate":
                     return score(state.ema, self.x_BCHW, seed=0)
                 return state.ema.sample(self.batch)
@@ -287,6 +281,9 @@ class Measure:
             "ours_ms": f"{1e3 * middle:.1f}",
             "quartiles_ms": f"{1e3 * fast:.0f}-{1e3 * slow:.0f}",
             "twin_ms": f"{1e3 * statistics.median(theirs):.1f}",
+            "twin": f"published {self.configs['twin'].precision}"
+            if part in ("step", "evaluate")
+            else "plain",
             "twin_over_ours": f"{statistics.median(ratios):.2f}",
             "quartiles": f"{ratios[quarter]:.2f}-{ratios[-quarter - 1]:.2f}",
             "images_per_second": f"{self.images(part) / middle:.2f}",

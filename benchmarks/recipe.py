@@ -1,12 +1,15 @@
 """Times what a recipe does against its plain twin, in one process and run, and keeps the rows.
 
     python benchmarks/recipe.py cifar10 [--batch 4] [--steps 10] [--threads 2] [--device cpu]
-        [--precision bf16] [--compile] [--checkpoint-activations-from 1] [--only step,evaluate,load]
+        [--precision bf16] [--twin-precision bf16] [--compile] [--checkpoint-activations-from 1]
+        [--only step,evaluate,load]
 
-Ours is what the options say, in channels-last memory with fused updates; the twin is PyTorch as it
-comes: float32, its default memory layout, nothing compiled, one parameter updated after the other.
-The two alternate, so that whatever else the machine does meets both alike. Peak memory is that of
-ours, before the twin is made. The limits, a matrix product and a copy, are measured beside them.
+Ours is what the options say, in channels-last memory with fused updates. The twin of `step` and
+`evaluate` is the published arithmetic (benchmarks/published_arithmetic.py) in float32 or, with
+`--twin-precision bf16`, under autocast; that of the other parts is ours with nothing fused or
+compiled, in float32 and PyTorch's default memory layout. The two alternate, so that whatever else
+the machine does meets both alike. Peak memory is that of ours, before the twin is made. The limits,
+a matrix product and a copy, are measured beside them.
 
 Rows: `step`, a whole training step; `update`, what of it is optimiser and averages alone, whose
 limit is memory; `checkpoint`, the pause of a step while a state is taken, where the twin waits for
@@ -57,7 +60,10 @@ class WithReading(Measure):
         )
         if not isinstance(recipe.model, ModelConfig):
             raise SystemExit(f"{recipe.name} is no VDVAE, which is what is timed here")
-        super().__init__(recipe.model, train, torch.device(words.device), words.steps)
+        device = torch.device(words.device)
+        super().__init__(
+            recipe.model, train, device, words.steps, twin_precision=words.twin_precision
+        )
         self.manifest: Manifest | None = None  # of the images of `load`
 
     def work(self, part: str, who: str) -> Callable[[], object]:
@@ -101,6 +107,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
+    parser.add_argument("--twin-precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpoint-activations-from", type=int, help="default: the recipe's")
     parser.add_argument("--only", default=",".join(PARTS))

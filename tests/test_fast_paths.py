@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from vdvae import layers
 from vdvae.config import ModelConfig, UserError
 from vdvae.doctor import Point
 from vdvae.layers import Pointwise, after_gelu, gelu
+from vdvae.model import VDVAE
 from vdvae.precision import check_precision
 from vdvae.summary import summarise
 from vdvae.training import TrainState, check_machine, start, train, update
@@ -149,6 +152,35 @@ def test_a_step_holds_what_is_told_before(
     done = subprocess.run(words, check=True, cwd=ROOT, env=environment, text=True,
                           stdout=subprocess.PIPE)  # fmt: skip
     assert int(done.stdout) == pytest.approx(told, rel=0.1)
+
+
+def test_the_baseline_of_the_benchmarks_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from published_arithmetic import negative_elbo, train_step
+
+    config = replace(WIDER, num_levels=256, image_channels=3, likelihood="published")
+    generator = torch.Generator().manual_seed(0)
+    x_BCHW = torch.randint(0, 256, (4, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    noise_BN = torch.randn(4, config.num_latents, generator=generator)
+    model = VDVAE(config).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    found = []
+    for run in (lambda *given: model(*given).neg_elbo_nats_B, partial(negative_elbo, model)):
+        nats_B = run(x_BCHW, noise_BN.double())
+        found.append((nats_B, torch.autograd.grad(nats_B.sum(), [*model.parameters()])))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+    train = settings(**PLAIN)
+    ours, twin = (start(config, train, CPU) for _ in range(2))
+    for network in (ours.model, ours.ema, twin.model, twin.ema):
+        network.double()
+    for _ in range(3):
+        update(ours, train, x_BCHW, noise_BN.double())
+        train_step(twin, train, x_BCHW, noise_BN.double())
+    assert twin.step == ours.step == 3
+    for one, other in ((twin.model, ours.model), (twin.ema, ours.ema)):
+        torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-9)
 
 
 def test_channels_last_is_the_same_step() -> None:
