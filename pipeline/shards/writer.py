@@ -175,12 +175,14 @@ def encoder() -> list[str]:
     """The versions of what makes the bytes: another one may make others of the same images."""
     import PIL
     import webdataset
+    from imagecodecs import png_version
     from PIL import features
 
     return [
         f"Pillow {PIL.__version__}",
         *(f"{name} {features.version(name)}" for name in ("zlib", "zlib_ng", "jpg", "webp")),
         f"Python's zlib {zlib.ZLIB_RUNTIME_VERSION}",
+        png_version(),  # decides whether a PNG can be handed through
         f"NumPy {np.__version__}",
         f"webdataset {webdataset.__version__}",
     ]
