@@ -434,10 +434,20 @@ def chunk(name: bytes, data: bytes) -> bytes:
     return len(data).to_bytes(4, "big") + name + data + check
 
 
-def png_of(width: int, height: int, depth: int, kind: int) -> bytes:
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
-    data = chunk(b"IDAT", zlib.compress(bytes(10_000)))
-    return b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b"")
+def png_header(width: int, height: int, depth: int, kind: int) -> bytes:
+    return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
+
+
+def png_of(width: int, height: int, depth: int, kind: int, *chunks: bytes) -> bytes:
+    """A PNG with these chunks between its header and its end."""
+    signature = b"\x89PNG\r\n\x1a\n"
+    return b"".join(
+        [signature, png_header(width, height, depth, kind), *chunks, chunk(b"IEND", b"")]
+    )
+
+
+def black_png(width: int, height: int, depth: int, kind: int) -> bytes:
+    return png_of(width, height, depth, kind, chunk(b"IDAT", zlib.compress(bytes(10_000))))
 
 
 CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # of a PNG's kinds of colour
@@ -449,9 +459,7 @@ def deep_pixels(kind: int) -> np.ndarray:
 
 def deep_png(kind: int, extra: bytes = b"") -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep_pixels(kind))
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0))
-    data = chunk(b"IDAT", zlib.compress(rows))
-    return b"\x89PNG\r\n\x1a\n" + header + extra + data + chunk(b"IEND", b"")
+    return png_of(8, 8, 16, kind, extra, chunk(b"IDAT", zlib.compress(rows)))
 
 
 def rows_png(
@@ -463,21 +471,16 @@ def rows_png(
     """
     pixels = np.random.RandomState(kind).randint(0, 9, (8, 8, CHANNELS[kind])).cumsum(0)
     rows = b"".join(b"\0" + row.astype(np.uint8).tobytes() for row in pixels)
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, kind, 0, 0, 0))
-    pixels_there = zlib.compress(rows, level) + rest
-    data = chunk(b"IDAT", pixels_there)
-    if cut:
-        data = chunk(b"IDAT", pixels_there[:9]) + cut + chunk(b"IDAT", pixels_there[9:])
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + data + chunk(b"IEND", b"")
+    data = zlib.compress(rows, level) + rest
+    parts = [data[:9], data[9:]] if cut else [data]
+    return png_of(8, 8, 8, kind, *chunks, cut.join(chunk(b"IDAT", part) for part in parts))
 
 
-def grey_png(width: int, height: int, header: bytes = b"") -> bytes:
-    """A PNG of random rows that repeat every second one; `header` replaces that of zlib."""
+def grey_png(width: int, height: int, start: bytes = b"") -> bytes:
+    """A PNG of random rows that repeat every second one; `start` replaces zlib's header."""
     rows = [b"\0" + np.random.RandomState(row).bytes(width) for row in range(2)]
-    facts = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     data = zlib.compress(b"".join(rows[row % 2] for row in range(height)))
-    data = chunk(b"IDAT", header + data[len(header) :])
-    return b"\x89PNG\r\n\x1a\n" + facts + data + chunk(b"IEND", b"")
+    return png_of(width, height, 8, 0, chunk(b"IDAT", start + data[len(start) :]))
 
 
 IEND = chunk(b"IEND", b"")
@@ -502,7 +505,7 @@ ANEW = {
     "bytes behind its pixels": rows_png(rest=b"one"),
     "many bytes behind its pixels": rows_png(rest=HIDDEN),
     "bytes behind its end": rows_png() + b"more",
-    "two headers": rows_png(chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))),
+    "two headers": rows_png(png_header(8, 8, 8, 2)),
     "a header behind a note": (lambda png: png[:8] + TEXT["tEXt"] + png[8:])(rows_png()),
     "a transparent colour": rows_png(chunk(b"tRNS", bytes(6))),
     "a palette": rows_png(chunk(b"PLTE", bytes(3))),
@@ -582,8 +585,8 @@ def flipped(data: bytes) -> bytes:
         ("a.png", png()[:-40], "cannot be decoded"),
         ("a.png", png()[:40], "or is damaged"),
         ("a.png", flipped(png()), "cannot be decoded"),
-        ("a.png", png_of(20_000, 20_000, 8, 2), "more than 89 million pixels, a decompression"),
-        ("a.png", png_of(10_000, 10_000, 8, 2), "more than 89 million pixels, a decompression"),
+        ("a.png", black_png(20_000, 20_000, 8, 2), "more than 89 million pixels, a decompression"),
+        ("a.png", black_png(10_000, 10_000, 8, 2), "more than 89 million pixels, a decompression"),
         ("a.png", deep_png(0, chunk(b"tRNS", bytes(2))), "16 bits a channel and a transparent"),
         ("a.png", deep_png(2, chunk(b"tRNS", bytes(6))), "16 bits a channel and a transparent"),
         ("a.png", animation(), "is animated"),
@@ -610,9 +613,8 @@ def test_folder_refuses_a_truncated_jpeg(tmp_path):
 def short_png(rows: int) -> bytes:
     """A PNG that says 32x32 and has fewer rows, in a stream of zlib that is whole."""
     whole = np.asarray(picture(size=(32, 32)))[:rows]
-    out = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, 8, 2, 0, 0, 0))
     data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in whole))
-    return out + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return png_of(32, 32, 8, 2, chunk(b"IDAT", data))
 
 
 def jpeg(size=(64, 64), mode: str = "RGB", **options) -> bytes:
